@@ -1,0 +1,37 @@
+"""Tell people, in one thread a rotation. Announcing never decides: what could not be said is kept in the ledger, and the work goes on (I14)."""
+
+from __future__ import annotations
+
+from keyrotation.domain.decision import Request
+from keyrotation.domain.errors import KeyRotationError
+from keyrotation.ports import Environment
+
+SAID, MISSED = "announced", "announcement missed"
+
+
+def announce(env: Environment, text: str, request: Request, rotation_id: int | None = None) -> str:
+    """Says it; returns what became of it. Raises nothing that the outside causes."""
+    if env.announcer is None:
+        return "nobody is told: the environment's file has no [slack]"
+    try:
+        thread = _thread(env, rotation_id)
+        said_as = env.announcer.say(f"[{env.name}] {text}", thread)
+        env.keys.record(SAID, request, rotation_id=rotation_id, reason=text, evidence={"thread": thread or said_as})
+        return "said in Slack"
+    except KeyRotationError as error:
+        return _missed(env, text, request, rotation_id, str(error))
+
+
+def _thread(env: Environment, rotation_id: int | None) -> str | None:
+    """The thread that this rotation's first message opened, also if another process said it."""
+    evidence = env.keys.evidence_of(rotation_id, SAID) if rotation_id is not None else None
+    thread = (evidence or {}).get("thread")
+    return thread if isinstance(thread, str) else None
+
+
+def _missed(env: Environment, text: str, request: Request, rotation_id: int | None, why: str) -> str:
+    try:
+        env.keys.record(MISSED, request, rotation_id=rotation_id, reason=text, evidence={"why": why})
+    except KeyRotationError as error:
+        return f"not said ({why}), nor recorded ({error})"
+    return f"not said: {why}. The message is in the ledger"

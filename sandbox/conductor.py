@@ -1,0 +1,169 @@
+"""Owns Prefect in the sandbox: the server, the worker, and what is asked of the server's API from outside.
+
+Imports nothing of Prefect: that takes seconds, which its processes spend side by side. Not named `prefect`, so that no
+`import prefect` can ever mean this file.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from sandbox.processes import LOOPBACK, Process, SandboxError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+POOL = "sandbox"
+WORKER = "sandbox"
+
+_SERVER_WITHIN = 90.0  # migrations on a loaded machine
+_RUN_WITHIN = 180.0
+_ASK_EVERY = 0.2
+_FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+# Nothing leaves the machine, nothing starts a server by itself; the V2 UI calls an outside host even without analytics.
+_QUIET = {
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # Nobody here uses the catalogue of block types, and it costs 3 s at the first start; a block that Python saves
+    # registers its own type.
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+}
+_FAST = {
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
+}
+
+
+class Conductor:
+    """Prefect's server on PostgreSQL, and a worker that starts flow runs from this checkout."""
+
+    def __init__(self, home: Path, port: int, database_url: str, environments: Path) -> None:
+        self._url = f"http://{LOOPBACK}:{port}"
+        self._session = loopback_session()
+        self._worker_asked_at = 0.0
+        own = clean_environment() | _QUIET | {"PREFECT_HOME": str(home.resolve() / "prefect")}
+        self.server = Process(
+            "prefect-server",
+            # What `prefect server start --background` runs, without the 5 s that its command line takes to import.
+            [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+            + ["--host", LOOPBACK, "--port", str(port), "--timeout-graceful-shutdown", "1", "--log-level", "warning"],
+            home=home,
+            env=own | self._server_settings(home, database_url),
+            ready=self._server_answers,
+            ready_within=_SERVER_WITHIN,
+            stop_within=5,
+        )
+        self.worker = Process(
+            "prefect-worker",
+            [sys.executable, "-m", "sandbox.worker"],
+            home=home,
+            env=own | _FAST | self._run_settings(environments),
+            cwd=CHECKOUT,
+            ready=self._worker_polls,
+            ready_within=_SERVER_WITHIN + 30,
+        )
+
+    @property
+    def api_url(self) -> str:
+        return f"{self._url}/api"
+
+    @property
+    def ui_url(self) -> str:
+        return self._url
+
+    def run(self, flow: str) -> None:
+        """Runs the deployment of a flow and waits for its end; anything but COMPLETED is an error, with the run's log."""
+        deployment = self._session.get(f"{self.api_url}/deployments/name/{flow}/{POOL}", timeout=10)
+        if deployment.status_code == requests.codes.not_found:
+            raise SandboxError(
+                f"there is no deployment {flow}/{POOL}: is its flow in flows/? (--no-bootstrap does without)"
+            )
+        run = self._ask(
+            "POST", f"/deployments/{deployment.json()['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}}
+        )
+        deadline = time.monotonic() + _RUN_WITHIN
+        while run["state"]["type"] not in _FINAL:
+            if time.monotonic() > deadline:
+                raise SandboxError(f"the run of {flow} is still {run['state']['name']} after {_RUN_WITHIN:g} s")
+            time.sleep(_ASK_EVERY)
+            run = self._ask("GET", f"/flow_runs/{run['id']}")
+        if run["state"]["type"] != "COMPLETED":
+            # The worker's own log, because Prefect's has not got the last lines yet.
+            ended = f"the run of {flow} ended {run['state']['name']}: {run['state']['message']}"
+            raise SandboxError(f"{ended}\n{self.worker.last_words()}")
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        answer = self._session.request(method, f"{self.api_url}{path}", json=body, timeout=10)
+        answer.raise_for_status()
+        return answer.json()
+
+    def _server_settings(self, home: Path, database_url: str) -> dict[str, str]:
+        return {
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database_url.replace("postgresql:", "postgresql+asyncpg:", 1),
+            "PREFECT_SERVER_UI_API_URL": self.api_url,
+            # Prefect copies its pages there when it starts; by default into the package, where a user may not write.
+            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home.resolve() / "prefect" / "ui"),
+            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            "PREFECT__SERVER_FINAL": "1",  # as Prefect's own command sets it: the only server of its process
+        }
+
+    def _run_settings(self, environments: Path) -> dict[str, str]:
+        # The worker hands its environment down to every flow run.
+        return {
+            "PREFECT_API_URL": self.api_url,
+            "KEYROTATION_ENVIRONMENTS": str(environments.resolve()),
+            "PYTHONPATH": str(CHECKOUT),
+        }
+
+    def _server_answers(self) -> bool:
+        return server_answers(self.api_url, self._session)
+
+    def _worker_polls(self) -> bool:
+        # A worker of the sandbox before this one is listed under the same name: only a fresh sign of life counts.
+        time.sleep(_ASK_EVERY)
+        if not self._worker_asked_at:
+            self._worker_asked_at = time.time()
+        started = datetime.fromtimestamp(self._worker_asked_at, UTC) - timedelta(seconds=1)
+        try:
+            workers = self._ask("POST", f"/work_pools/{POOL}/workers/filter", {})
+        except requests.RequestException:
+            return False
+        return any(datetime.fromisoformat(worker["last_heartbeat_time"]) > started for worker in workers)
+
+
+def loopback_session() -> requests.Session:
+    """A session that no proxy of the host's environment comes between."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+def clean_environment() -> dict[str, str]:
+    """The caller's environment without what would point Prefect at another server, or loopback at a proxy."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return kept | {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK}
+
+
+def server_answers(api_url: str, session: requests.Session) -> bool:
+    try:
+        return session.get(f"{api_url}/health", timeout=2).ok
+    except requests.RequestException:
+        return False
+
+
+def wait_for_server() -> None:
+    """Returns when the server of PREFECT_API_URL answers: for processes that start beside it."""
+    api_url, session = os.environ["PREFECT_API_URL"], loopback_session()
+    deadline = time.monotonic() + _SERVER_WITHIN
+    while not server_answers(api_url, session):
+        if time.monotonic() > deadline:
+            raise SandboxError(f"Prefect's server at {api_url} did not answer within {_SERVER_WITHIN:g} s")
+        time.sleep(_ASK_EVERY)
