@@ -1,7 +1,5 @@
 """Make the initial key: the runbook's "no keys available"."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prefect import flow
@@ -23,9 +21,10 @@ def bootstrap_signing_keys(environment: str = "development") -> State[Any]:
     Args:
         environment: Whose key (the name of its file in deployments/environments).
     """
-    decision, bootstrap = open_bootstrap(environment)
+    opened = open_bootstrap(environment)
+    bootstrap = opened.rotation
     if bootstrap is None:
-        return ending(decision)
+        return ending(opened.decision)
     with closed_if_it_fails(bootstrap):
         published = generate(bootstrap)
         promoted = promote_initial(bootstrap, published)

@@ -1,7 +1,5 @@
 """Clean up old keys: the runbook's step 5, in a run of its own."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from typing import Any
 

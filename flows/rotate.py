@@ -1,7 +1,5 @@
 """Rotate the signing key: the runbook, one line a step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prefect import flow
@@ -31,12 +29,13 @@ def rotate_signing_keys(environment: str = "development", only_if_due: bool = Fa
     if dry_run or not plan.acts:
         standby = None if dry_run else keep_standby(environment)
         return ending(plan.decision, only_if_due=only_if_due, dry_run=dry_run, also=standby)
-    decision, rotation = open_rotation(environment, only_if_due)
+    opened = open_rotation(plan, only_if_due)
+    rotation = opened.rotation
     if rotation is None or rotation.ended_at is not None:
-        return ending(rotation or decision, only_if_due=only_if_due)
+        return ending(rotation or opened.decision, only_if_due=only_if_due)
 
     with closed_if_it_fails(rotation):
-        announce(rotation, f":arrows_counterclockwise: {decision.message}")
+        announce(rotation, f":arrows_counterclockwise: {opened.decision.message}")
         published = generate(rotation)
         known = wait_for_gateway_cache(rotation, published)
         if alarm := known.evidence.get("alarm"):

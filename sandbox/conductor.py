@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ class Conductor:
     def __init__(self, home: Path, port: int, database_url: str, environments: Path) -> None:
         self._url = f"http://{LOOPBACK}:{port}"
         self._session = loopback_session()
-        self._worker_asked_at = 0.0
         own = clean_environment() | _QUIET | {"PREFECT_HOME": str(home.resolve() / "prefect")}
         self.server = Process(
             "prefect-server",
@@ -61,15 +60,7 @@ class Conductor:
             ready_within=_SERVER_WITHIN,
             stop_within=5,
         )
-        self.worker = Process(
-            "prefect-worker",
-            [sys.executable, "-m", "sandbox.worker"],
-            home=home,
-            env=own | _FAST | self._run_settings(environments),
-            cwd=CHECKOUT,
-            ready=self._worker_polls,
-            ready_within=_SERVER_WITHIN + 30,
-        )
+        self.worker = _Worker(home, own | _FAST | self._run_settings(environments), self.api_url)
 
     @property
     def api_url(self) -> str:
@@ -126,17 +117,36 @@ class Conductor:
     def _server_answers(self) -> bool:
         return server_answers(self.api_url, self._session)
 
-    def _worker_polls(self) -> bool:
-        # A worker of the sandbox before this one is listed under the same name: only a fresh sign of life counts.
+
+class _Worker(Process):
+    """The worker's process, ready once the server has heard of it."""
+
+    def __init__(self, home: Path, env: Mapping[str, str], api_url: str) -> None:
+        self._workers_url = f"{api_url}/work_pools/{POOL}/workers/filter"
+        self._session, self._started_at = loopback_session(), datetime.now(UTC)
+        super().__init__(
+            "prefect-worker",
+            [sys.executable, "-m", "sandbox.worker"],
+            home=home,
+            env=env,
+            cwd=CHECKOUT,
+            ready=self._is_heard_of,
+            ready_within=_SERVER_WITHIN + 30,
+        )
+
+    def start(self) -> None:
+        self._started_at = datetime.now(UTC)
+        super().start()
+
+    def _is_heard_of(self) -> bool:
+        # A worker before this one is listed under the same name: only a sign of life since the start counts.
         time.sleep(_ASK_EVERY)
-        if not self._worker_asked_at:
-            self._worker_asked_at = time.time()
-        started = datetime.fromtimestamp(self._worker_asked_at, UTC) - timedelta(seconds=1)
         try:
-            workers = self._ask("POST", f"/work_pools/{POOL}/workers/filter", {})
+            answer = self._session.post(self._workers_url, json={}, timeout=10)
         except requests.RequestException:
             return False
-        return any(datetime.fromisoformat(worker["last_heartbeat_time"]) > started for worker in workers)
+        heartbeats = [worker["last_heartbeat_time"] for worker in answer.json()] if answer.ok else []
+        return any(datetime.fromisoformat(heartbeat) > self._started_at for heartbeat in heartbeats)
 
 
 def loopback_session() -> requests.Session:

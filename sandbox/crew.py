@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import Protocol
 
 from sandbox.processes import SandboxError
@@ -40,7 +41,7 @@ class Crew:
         self._parts: dict[str, Part] = {}
         self._steps: list[Step] = []
         self._pool = ThreadPoolExecutor(max_workers=_MANY, thread_name_prefix="crew")
-        self._ending = False
+        self._ending, self._reviving = False, Event()
 
     def begin(self, name: str, part: Part, after: Iterable[Step] = ()) -> Step:
         """Starts a part once these steps are done."""
@@ -59,13 +60,21 @@ class Crew:
         for step in done:
             step.result()
 
-    def watch(self) -> None:
-        """Returns never: raises when a part has died."""
+    def watch(self, leave_the_dead: bool, revived: Callable[[], None]) -> None:
+        """Returns never: raises when a part has died, unless the dead are left; starts them again when asked to."""
         while True:
-            for name, part in self._parts.items():
-                if not part.running:
-                    raise SandboxError(f"{name} has died. Its last words:\n{self._last_words(name)}")
+            if self._reviving.is_set():
+                self._reviving.clear()
+                self._start_the_dead()
+                revived()
+            dead = next((name for name, part in self._parts.items() if not part.running), None)
+            if dead is not None and not leave_the_dead:
+                raise SandboxError(f"{dead} has died. Its last words:\n{self._last_words(dead)}")
             time.sleep(_WATCH_EVERY)
+
+    def revive(self) -> None:
+        """Asks the watch to start again, at their old addresses, the parts that have died."""
+        self._reviving.set()
 
     def pids(self) -> dict[str, int]:
         return {name: part.pid for name, part in self._parts.items()}
@@ -88,6 +97,11 @@ class Crew:
         begun = time.monotonic()
         work()
         self._tell(name, time.monotonic() - begun)
+
+    def _start_the_dead(self) -> None:
+        for part in self._parts.values():
+            if not part.running:
+                part.start()
 
     def _stop_all(self) -> None:
         for part in reversed(self._parts.values()):

@@ -49,6 +49,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "sandbox.identity_replicas": 1,
     "sandbox.jwks_max_age": 0,
     "sandbox.gateways": 2,
+    "sandbox.on_death": "end",  # the world's, when a part dies; "leave" lets the others live: for tests that kill
     "sandbox.jwt_cache": False,  # Envoy's cache of tokens that it has verified once
 }
 
@@ -69,6 +70,7 @@ _DURATIONS = (
     *(f"policy.{name}" for name in ("cleanup_after", "token_lifetime", "clock_skew", "rotate_every", "max_key_age")),
     *("policy.watch_after_emergency", "policy.lease"),
 )
+_CHOICES = {"authority": ("database", "api"), "sandbox.on_death": ("end", "leave")}
 _IN_SECONDS = {"sandbox.jwks_max_age"}  # as in Cache-Control; a duration will do as well
 _LEAST = {"sandbox.identity_replicas": 1, "sandbox.jwks_max_age": 0, "sandbox.gateways": 2, "gateways.workers": 1}
 
@@ -123,8 +125,9 @@ class Settings:
         write_private(path, as_toml({**_DEFAULTS, **given, **self._set}))
 
     def _check(self) -> None:
-        if self._values["authority"] not in ("database", "api"):
-            raise SettingError(f"authority is 'database' or 'api', not {self._values['authority']!r}")
+        for name, choice in _CHOICES.items():
+            if self._values[name] not in choice:
+                raise SettingError(f"{name} is {' or '.join(map(repr, choice))}, not {self._values[name]!r}")
         for name in _DURATIONS:
             if not isinstance(value := self._values[name], str) or not _DURATION.fullmatch(value):
                 raise SettingError(f"{name} is a duration such as '20s', '15m', '48h' or '7d', not {value!r}")

@@ -68,10 +68,10 @@ class Plan:
     rate: float = 100
     clients: int = 8
     seed: int = 0
-    # A token is renewed when between a tenth and a third of its life is left, and the margin: so that clients do not all
-    # come at once, and have some time to try again.
-    renew_at_most: float = 0.33
-    renew_at_least: float = 0.1
+    # How much of a token's life is left when it is renewed, beside the margin. Some are used nearly to their end (a key
+    # that is disabled too early), some are young (one that is promoted too early).
+    renew_at_least: float = 0.05
+    renew_at_most: float = 0.5
     renew_when_rejected: bool = False  # fetch a new token on a 401, as some client libraries do
     margin: float = 1.0
     timeout: float = 5.0
@@ -167,7 +167,9 @@ class Client:
             self._tally.fail_token()
             return
         life = token.expires_at - token.issued_at
-        spare = life * self._random.uniform(self._plan.renew_at_least, self._plan.renew_at_most)
+        # The first one at any moment of its life: clients that began together would renew together for a long time.
+        most = 1.0 if self._token is None else self._plan.renew_at_most
+        spare = life * self._random.uniform(self._plan.renew_at_least, most)
         self._token, self._renew_at = token, token.expires_at - self._plan.margin - spare
         self._tally.issue(token.kid, now)
 

@@ -68,11 +68,15 @@ class Sandbox:
             issued = self._crew.do("bootstrap", self._bootstrap, ready)
             self._crew.do("tokens", self._wait_for_tokens, [issued])
         self._crew.join()
-        write_private(self.facts_file, json.dumps(self.facts(), indent=2))
+        self._publish()
 
     def watch(self) -> None:
-        """Raises when a part has died."""
-        self._crew.watch()
+        """Raises when a part has died, unless `sandbox.on_death` leaves it so."""
+        self._crew.watch(self._settings.word("sandbox.on_death") == "leave", self._publish)
+
+    def revive(self) -> None:
+        """Has the parts that have died started again; `sandbox.json` is written anew after that."""
+        self._crew.revive()
 
     def stop(self) -> None:
         self.facts_file.unlink(missing_ok=True)
@@ -101,6 +105,9 @@ class Sandbox:
             "slack_url": self._slack_url,
             "pids": {"sandbox": os.getpid()} | self._crew.pids(),
         }
+
+    def _publish(self) -> None:
+        write_private(self.facts_file, json.dumps(self.facts(), indent=2))
 
     def _begin_parts(self) -> Sequence[Step]:
         crew = self._crew

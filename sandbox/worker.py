@@ -8,9 +8,10 @@ server answers.
 
 import asyncio
 import contextlib
-import multiprocessing
 import signal
 import sys
+from multiprocessing import get_context
+from multiprocessing.context import ForkContext, SpawnContext
 
 from prefect.workers.process import ProcessWorker
 
@@ -20,19 +21,20 @@ from sandbox.processes import ON_LINUX
 
 # The deployments are made in a process of their own, for the flow files that they load. A fork of this one has the
 # seconds of importing Prefect behind it; nothing runs in it yet that a fork could tear. macOS's frameworks allow none.
-_BESIDE = multiprocessing.get_context("fork" if ON_LINUX else "spawn")
+_BESIDE: ForkContext | SpawnContext = get_context("fork") if ON_LINUX else get_context("spawn")
 
 
 def main() -> int:
     """Runs until SIGINT or SIGTERM."""
     # Prefect's worker ends in order on SIGINT only.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    deployments = _BESIDE.Process(target=deploy)
-    deployments.start()
-    deployments.join()
-    if deployments.exitcode:
-        return 1
     with contextlib.suppress(KeyboardInterrupt):
+        # A daemon: told to end while it still waits for the server, this process takes it along.
+        deployments = _BESIDE.Process(target=deploy, daemon=True)
+        deployments.start()
+        deployments.join()
+        if deployments.exitcode:
+            return 1
         asyncio.run(ProcessWorker(work_pool_name=POOL, name=WORKER).start())
     return 0
 

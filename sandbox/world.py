@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,19 +15,23 @@ from typing import Any, Self
 
 from sandbox.conductor import CHECKOUT
 from sandbox.crew import Tell
-from sandbox.processes import Process, claimed
+from sandbox.processes import Process, SandboxError, claimed
 from sandbox.settings import Settings, as_value
 from sandbox.wiring import Sandbox
 
 # A loaded machine with two processors; it takes about 20 s on an idle one.
 _UP_WITHIN = 240.0
 _DOWN_WITHIN = 60.0
+_POLL = 0.05
 
 
 def run(
     home: Path, settings: Settings, bootstrap: bool, tell: Tell, when_ready: Callable[[Mapping[str, Any]], None]
 ) -> None:
-    """Returns when this process gets SIGINT or SIGTERM; raises SandboxError when a part fails to start, or dies."""
+    """Returns when this process gets SIGINT or SIGTERM; raises SandboxError when a part fails to start, or dies.
+
+    With `sandbox.on_death = leave` it goes on without the dead part, and SIGUSR1 has it started again.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     try:
@@ -37,6 +42,7 @@ def run(
 
 
 def _live(sandbox: Sandbox, bootstrap: bool, when_ready: Callable[[Mapping[str, Any]], None]) -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: sandbox.revive())
     try:
         sandbox.start(bootstrap)
         when_ready(sandbox.facts())
@@ -65,6 +71,7 @@ class World:
 
     def __init__(self, home: Path, overrides: Mapping[str, Any] | None = None, bootstrap: bool = True) -> None:
         self.home = home.resolve()
+        self._facts_file = self.home / "sandbox.json"
         words = [f"--set={name}={as_value(value)}" for name, value in (overrides or {}).items()]
         self._process = Process(
             "world",
@@ -81,7 +88,7 @@ class World:
     @property
     def facts(self) -> dict[str, Any]:
         """What `sandbox.json` says now."""
-        facts: dict[str, Any] = json.loads((self.home / "sandbox.json").read_text())
+        facts: dict[str, Any] = json.loads(self._facts_file.read_text())
         return facts
 
     @property
@@ -104,6 +111,16 @@ class World:
     def kill(self) -> None:
         """`kill -9`: the parts die with it, `sandbox.json` stays."""
         self._process.kill()
+
+    def revive(self) -> None:
+        """Returns when every part that has died (with `sandbox.on_death = leave`) runs again."""
+        before = self._facts_file.stat().st_mtime_ns
+        os.kill(self._process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + _UP_WITHIN
+        while self._facts_file.stat().st_mtime_ns == before:
+            if not self.running or time.monotonic() > deadline:
+                raise SandboxError(f"the world did not bring back its dead:\n{self._process.last_words()}")
+            time.sleep(_POLL)
 
     def __enter__(self) -> Self:
         return self.up()

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from keyrotation.domain.decision import Decision, Rotation
+from keyrotation.domain.decision import Rotation
 from keyrotation.domain.errors import KeyRotationError, Superseded, Unproven
 from keyrotation.domain.events import Happened, Proof
 from keyrotation.steps import generate as generating
 from keyrotation.steps import plan as planning
 from keyrotation.steps import rotations
 from keyrotation.steps.plan import Plan
+from keyrotation.steps.rotations import Opened
 from tasks import artifacts
 from tasks.announcements import announce
 from tasks.skin import environment, log, prefect_task, request
@@ -22,21 +23,21 @@ from tasks.skin import environment, log, prefect_task, request
 def show_plan(name: str, only_if_due: bool) -> Plan:
     """Decides, looks whether the world is fit for it, and shows the plan."""
     plan = planning.plan(environment(name), request(only_if_due))
-    log().info("%s", plan.decision.message)
+    log().info("%s", plan.message)
     artifacts.table(f"plan-{name}", plan.lines(), "What this run is going to do, and why now")
     return plan
 
 
 @prefect_task("open rotation")
-def open_rotation(name: str, only_if_due: bool) -> tuple[Decision, Rotation | None]:
+def open_rotation(plan: Plan, only_if_due: bool) -> Opened:
     """Opens a rotation, finishes a dead one, or waits for a live one."""
-    decision, rotation = rotations.open_rotation(environment(name), request(only_if_due))
-    log().info("%s%s", decision.message, f" [rotation {rotation.id}, epoch {rotation.epoch}]" if rotation else "")
-    return decision, rotation
+    opened = rotations.open_rotation(environment(plan.environment), request(only_if_due))
+    log().info("%s", opened.message)
+    return opened
 
 
 @prefect_task("open bootstrap")
-def open_bootstrap(name: str) -> tuple[Decision, Rotation | None]:
+def open_bootstrap(name: str) -> Opened:
     """Opens the making of the initial key, if there is none."""
     return rotations.open_bootstrap(environment(name), request())
 

@@ -22,6 +22,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.states import Completed
+from prefect.utilities.annotations import quote
 
 from keyrotation import wiring
 from keyrotation.domain.decision import Request, Rotation
@@ -90,7 +91,9 @@ def prefect_task(name: str, retries: int = RETRIES) -> Callable[[Callable[P, Any
         def call(*args: P.args, **kwargs: P.kwargs) -> Any:
             if FlowRunContext.get() is None:
                 return guarded(*args, **kwargs)
-            result = as_task(*args, **kwargs)
+            # Every step is given the rotation. The arrows of the run graph shall show the order of the work, from result to result, and not that.
+            shown = (quote(args[0]), *args[1:]) if len(args) > 1 and isinstance(args[0], Rotation) else args
+            result = as_task(*shown, **kwargs)
             # The value itself, not the state around it: handed on to the next task it draws the arrow in the run graph.
             return result.result() if isinstance(result, State) else result
 

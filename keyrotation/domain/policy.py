@@ -30,7 +30,7 @@ def show(duration: timedelta) -> str:
     seconds = duration.total_seconds()
     if seconds < 0:
         return "-" + show(-duration)
-    if seconds < 60:
+    if seconds < 10:
         return f"{seconds:.3g}s"
     parts, whole = [], round(seconds)
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):

@@ -30,6 +30,11 @@ class Plan:
     alarm: str | None = None
 
     @property
+    def message(self) -> str:
+        """For people."""
+        return self.decision.message
+
+    @property
     def acts(self) -> bool:
         """Whether the run changes anything."""
         return self.decision.action in (Action.ROTATE, Action.RESUME, Action.WAIT)

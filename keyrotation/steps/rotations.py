@@ -6,7 +6,7 @@ refused from then on, however late it wakes. Its lease says whether somebody is 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from keyrotation.domain.decision import Action, Decision, Request, Rotation, decide_bootstrap, decide_rotation
 from keyrotation.domain.errors import Busy
@@ -16,8 +16,21 @@ from keyrotation.ports import Environment
 LOOK_AGAIN = 1.0     # seconds between two looks at somebody else's rotation
 
 
-def open_rotation(env: Environment, request: Request) -> tuple[Decision, Rotation | None]:
-    """The decision, and the rotation to carry out; None where nothing is to be done. For a person that found live work: its end."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The decision, and the rotation to carry out; None where nothing is to be done. For a person who found live work: its end."""
+
+    decision: Decision
+    rotation: Rotation | None
+
+    @property
+    def message(self) -> str:
+        """For people."""
+        return self.decision.message + (f" (rotation {self.rotation.id}, epoch {self.rotation.epoch})" if self.rotation else "")
+
+
+def open_rotation(env: Environment, request: Request) -> Opened:
+    """Opens, joins or takes over, as the domain decides."""
     while True:
         facts = env.keys.look()
         decision = decide_rotation(facts, request, env.policy)
@@ -30,23 +43,23 @@ def open_rotation(env: Environment, request: Request) -> tuple[Decision, Rotatio
             case Action.WAIT if facts.open_rotation is not None:
                 rotation = await_end(env, facts.open_rotation)
             case _:
-                return decision, None
+                return Opened(decision, None)
         if rotation is not None:
-            return decision, rotation
+            return Opened(decision, rotation)
         # Somebody was faster between our look and our statement: look again, the reason may be another one now.
 
 
-def open_bootstrap(env: Environment, request: Request) -> tuple[Decision, Rotation | None]:
+def open_bootstrap(env: Environment, request: Request) -> Opened:
     """The same for the initial key."""
     facts = env.keys.look()
     decision = decide_bootstrap(facts, request)
     if decision.action is Action.BOOTSTRAP:
-        return decision, env.keys.open("bootstrap", replace(request, reason=decision.message), None)
+        return Opened(decision, env.keys.open("bootstrap", replace(request, reason=decision.message), None))
     if decision.action is Action.RESUME and facts.open_rotation is not None:
-        return decision, env.keys.take_over(facts.open_rotation, request)
+        return Opened(decision, env.keys.take_over(facts.open_rotation, request))
     if decision.action is Action.WAIT:
         raise Busy(decision.message)
-    return decision, None
+    return Opened(decision, None)
 
 
 def await_end(env: Environment, rotation: Rotation) -> Rotation | None:

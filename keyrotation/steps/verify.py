@@ -49,7 +49,7 @@ def verify(env: Environment, rotation: Rotation, kid: str, progress: Progress) -
             _require_new(env, token, kid, heard)
             _require_signature(env, token, published.jwks)
         old = _old_token_verifies(env, rotation, published.jwks)
-        return Happened(kid, f"{len(tokens)} fresh tokens in a row name key {kid} and verify with the JWKS; {old}", {
+        return Happened(kid, f"key {kid} signs: {len(tokens)} fresh tokens in a row name it and verify with the JWKS; {old}", {
             "jwks": sorted(published.jwks.kids), "fresh_tokens": len(tokens), "old_kid": work.old_kid})
 
     return _until_settled(env, rotation, kid, look, heard, progress)
@@ -74,7 +74,7 @@ def prove_at_gateways(env: Environment, rotation: Rotation, verified: Happened, 
         if not verdict.everywhere:
             raise _NotYet(verdict.explain())
         old = _old_key_is_known(env, rotation, ring, work.old_kid)
-        return Happened(kid, f"{verified.message}; every gateway takes them: {verdict.explain()}{old}", {**verified.evidence, "gateways": list(verdict.accepted)})
+        return Happened(kid, f"{verified.message}; every gateway takes them{old} ({', '.join(verdict.accepted)})", {**verified.evidence, "gateways": list(verdict.accepted)})
 
     return _until_settled(env, rotation, kid, look, env.keys.look().now, progress)
 
@@ -115,7 +115,7 @@ def _require_signature(env: Environment, token: Token, jwks: Jwks) -> None:
 def _old_token_verifies(env: Environment, rotation: Rotation, jwks: Jwks) -> str:
     old = env.memory.get(rotation.id)
     if old is None:
-        return "the old key stands in the JWKS"
+        return "the JWKS holds exactly the published keys"
     try:
         env.identity.verify(old, jwks)
     except BadAnswer as error:
@@ -139,7 +139,7 @@ def _old_key_is_known(env: Environment, rotation: Rotation, ring: KeyRing, old_k
         raise _NotYet(f"tokens of the old key {old_kid} are refused by {', '.join(verdict.refused)}: {_said(seen)}")
     if not verdict.everywhere:
         raise _NotYet(verdict.explain())
-    return ", and still knows the old key"
+    return " and still knows the old key"
 
 
 def _said(seen: Iterable[Observation]) -> str:

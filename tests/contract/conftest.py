@@ -40,7 +40,7 @@ ROOT = "root-token-of-the-tests"
 SLACK_TOKEN = "xoxb-token-of-the-tests"
 
 
-class Calls(grpc.ServerInterceptor):
+class Calls:
     """Counts what arrives, so that a test speaks of attempts and never of seconds."""
 
     def __init__(self) -> None:

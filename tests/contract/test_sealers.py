@@ -189,7 +189,7 @@ class TestVault:
     def test_an_unknown_key_is_not_made_by_the_way(self, bao: Bao, secret: Callable[[str], SecretRef]) -> None:
         """Vault makes a missing key where the policy says `create`; with `update` alone it denies, and the error says that the key may be missing."""
         token = bao.token('path "transit/encrypt/*" { capabilities = ["update"] }')
-        with pytest.raises(Denied, match="transit/encrypt/unknown.*the key must exist"):
+        with pytest.raises(Denied, match=r"transit/encrypt/unknown.*the key must exist"):
             VaultSealer(bao.address, secret(token), "unknown").seal(b"a private half", HERE)
 
     def test_a_derived_key_is_refused_in_words(self, bao: Bao, secret: Callable[[str], SecretRef]) -> None:
@@ -204,7 +204,7 @@ class TestVault:
         sealer = VaultSealer(bao.address, secret(bao.encrypter()), bao.key)
         bao.root.sys.seal()
         try:
-            with pytest.raises(Unreachable, match="HTTP 503.*unsealed"):
+            with pytest.raises(Unreachable, match=r"HTTP 503.*unsealed"):
                 sealer.seal(b"a private half", HERE)
         finally:
             bao.unseal()
@@ -275,4 +275,3 @@ class TestLocal:
         (tmp_path / "key").chmod(0o600)
         with pytest.raises(SettingsError, match="32 bytes"):
             LocalSealer(tmp_path / "key").check()
-
