@@ -13,8 +13,9 @@ import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from keyrotation.domain.errors import Refused, SettingsError
 from keyrotation.domain.policy import Policy, show
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 ENVIRONMENTS = "KEYROTATION_ENVIRONMENTS"
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "deployments" / "environments"
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+# Sums of durations are added to dates: one that leads beyond the calendar would fail at 3 a.m. and not when the file is loaded.
+LONGEST = timedelta(days=3660)
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Where a secret store with one shared password is good enough, and where the local sealer may run.
 PLAYGROUNDS = ("development", "sandbox")
@@ -35,7 +38,10 @@ def parse_duration(value: object) -> timedelta:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", value.strip()) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f'{value!r} is not a duration: write a number with a unit in quotes, like "48h", "15m", "20s" or "7d"')
-    return timedelta(seconds=float(match[1]) * UNITS[match[2]])
+    seconds = float(match[1]) * UNITS[match[2]]
+    if seconds > LONGEST.total_seconds():
+        raise ValueError(f"a duration is {show(LONGEST)} at the longest")
+    return timedelta(seconds=seconds)
 
 
 def _positive(value: object) -> timedelta:
@@ -51,10 +57,21 @@ def _secret(value: object) -> SecretRef:
     return SecretRef.parse(value)
 
 
+def _url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"[\s@]", value)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError("a URL reads https://host/path (or http:, with a port where it needs one), without a user or password")
+    return value
+
+
 Duration = Annotated[timedelta, BeforeValidator(_positive)]
 DurationOrZero = Annotated[timedelta, BeforeValidator(parse_duration)]
 Secret = Annotated[SecretRef, BeforeValidator(_secret)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
+Url = Annotated[str, AfterValidator(_url)]
 
 
 class Section(BaseModel):
@@ -127,7 +144,7 @@ class Gateways(Section):
     """What verifies the tokens."""
 
     urls: tuple[Url, ...] = ()
-    probe_path: str | None = None
+    probe_path: str | None = Field(default=None, pattern=r"^/[^\s?#]*$")
     canary_audience: str = "key-rotation-canary"
     cache_time: Duration
     workers: int = Field(default=1, ge=1, le=1024)
@@ -268,7 +285,7 @@ def load(environment: str) -> Settings:
     except FileNotFoundError:
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml"))) or "none"
         raise SettingsError(f"there is no environment {environment!r} in {path.parent} (there are: {there}); set {ENVIRONMENTS} if its file lies elsewhere") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
     try:
         settings = Settings.model_validate(document)
@@ -302,7 +319,8 @@ def _first(error: ValidationError) -> str:
 def _refuse_unfit_secrets(environment: str, settings: Settings) -> None:
     if environment in PLAYGROUNDS:
         return
-    held = {"database.url": settings.database.url, "database.cleaner_url": settings.database.cleaner_url, "identity.client_secret": settings.identity.client_secret,
+    held = {"database.url": settings.database.url, "database.cleaner_url": settings.database.cleaner_url,
+            "database.auditor_url": settings.database.auditor_url, "identity.client_secret": settings.identity.client_secret,
             "identity.admin_token": settings.identity.admin_token}
     for name, secret in held.items():
         if secret is not None and secret.kind == "prefect":

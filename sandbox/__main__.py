@@ -1,8 +1,10 @@
 """Owns the command line of the sandbox, and what a person sees of its start.
 
     python -m sandbox up --home DIR [--set KEY=VALUE ...] [--no-bootstrap]
+    python -m sandbox demo [--home DIR]
 
-Exit status: 0 ended by a signal, 1 a part failed or the folder is in use, 2 wrong usage.
+Exit status of `up`: 0 ended by a signal, 1 a part failed or the folder is in use, 2 wrong usage. That of `demo` is told
+in `sandbox.demo`.
 """
 
 import argparse
@@ -73,6 +75,11 @@ class Progress:
 
 def main() -> int:
     arguments = _parser().parse_args()
+    answer: int = arguments.command(arguments)
+    return answer
+
+
+def _up(arguments: argparse.Namespace) -> int:
     progress = Progress(Console(highlight=False))
     try:
         settings = Settings.parse(arguments.set)
@@ -87,16 +94,29 @@ def main() -> int:
     return 0
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from sandbox.demo import demo
+
+    return demo(arguments.home)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sandbox", description="A small real world to rotate signing keys in."
     )
-    up = parser.add_subparsers(required=True, metavar="up").add_parser("up", help="starts it; runs until Ctrl-C")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="starts it; runs until Ctrl-C")
+    up.set_defaults(command=_up)
     up.add_argument("--home", type=Path, required=True, help="the folder that keeps everything")
     up.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as gateways.cache_time=2s"
     )
     up.add_argument("--no-bootstrap", dest="bootstrap", action="store_false", help="without a first key")
+    demo = commands.add_parser("demo", help="shows a rotation under live traffic, in about two minutes, and ends")
+    demo.set_defaults(command=_demo)
+    demo.add_argument(
+        "--home", type=Path, help="keeps everything there; by default a folder that is removed in the end"
+    )
     return parser
 
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
-from sandbox.processes import LOOPBACK, Process, SandboxError
+from sandbox.processes import LOOPBACK, Process, SandboxError, listening
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 POOL = "sandbox"
@@ -52,11 +53,22 @@ class Conductor:
         self.server = Process(
             "prefect-server",
             # What `prefect server start --background` runs, without the 5 s that its command line takes to import.
-            [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-            + ["--host", LOOPBACK, "--port", str(port), "--timeout-graceful-shutdown", "1", "--log-level", "warning"],
+            [
+                *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
+                *(
+                    "--host",
+                    LOOPBACK,
+                    "--port",
+                    str(port),
+                    "--timeout-graceful-shutdown",
+                    "1",
+                    "--log-level",
+                    "warning",
+                ),
+            ],
             home=home,
             env=own | self._server_settings(home, database_url),
-            ready=self._server_answers,
+            ready=lambda: listening(port),  # uvicorn listens once the application has started
             ready_within=_SERVER_WITHIN,
             stop_within=5,
         )
@@ -71,7 +83,7 @@ class Conductor:
         return self._url
 
     def run(self, flow: str) -> None:
-        """Runs the deployment of a flow and waits for its end; anything but COMPLETED is an error, with the run's log."""
+        """Runs the deployment of a flow and waits for its end: COMPLETED, else it is an error, with the log."""
         deployment = self._session.get(f"{self.api_url}/deployments/name/{flow}/{POOL}", timeout=10)
         if deployment.status_code == requests.codes.not_found:
             raise SandboxError(
@@ -103,7 +115,6 @@ class Conductor:
             # Prefect copies its pages there when it starts; by default into the package, where a user may not write.
             "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home.resolve() / "prefect" / "ui"),
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-            "PREFECT__SERVER_FINAL": "1",  # as Prefect's own command sets it: the only server of its process
         }
 
     def _run_settings(self, environments: Path) -> dict[str, str]:
@@ -113,9 +124,6 @@ class Conductor:
             "KEYROTATION_ENVIRONMENTS": str(environments.resolve()),
             "PYTHONPATH": str(CHECKOUT),
         }
-
-    def _server_answers(self) -> bool:
-        return server_answers(self.api_url, self._session)
 
 
 class _Worker(Process):
@@ -162,18 +170,10 @@ def clean_environment() -> dict[str, str]:
     return kept | {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK}
 
 
-def server_answers(api_url: str, session: requests.Session) -> bool:
-    try:
-        return session.get(f"{api_url}/health", timeout=2).ok
-    except requests.RequestException:
-        return False
-
-
 def wait_for_server() -> None:
-    """Returns when the server of PREFECT_API_URL answers: for processes that start beside it."""
-    api_url, session = os.environ["PREFECT_API_URL"], loopback_session()
-    deadline = time.monotonic() + _SERVER_WITHIN
-    while not server_answers(api_url, session):
+    """Returns when the server of PREFECT_API_URL listens: for processes that start beside it."""
+    port, deadline = urlsplit(os.environ["PREFECT_API_URL"]).port or 80, time.monotonic() + _SERVER_WITHIN
+    while not listening(port):
         if time.monotonic() > deadline:
-            raise SandboxError(f"Prefect's server at {api_url} did not answer within {_SERVER_WITHIN:g} s")
+            raise SandboxError(f"Prefect's server did not listen on port {port} within {_SERVER_WITHIN:g} s")
         time.sleep(_ASK_EVERY)

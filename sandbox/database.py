@@ -1,4 +1,4 @@
-"""Owns the databases of the sandbox's PostgreSQL: the identity service's, with the roles and tables of `sql/`, and Prefect's.
+"""Owns the databases of the sandbox: the identity service's, with the roles and tables of `sql/`, and Prefect's.
 
 Everything may be done again on a server that has it already: passwords are set anew, tables and rows stay.
 """

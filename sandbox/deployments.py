@@ -3,10 +3,11 @@
     python -m sandbox.deployments
 
 A process of its own: it loads the flow files by their paths, so that the form on a deployment's page shows their real
-parameters, and ends. Descriptions, tags and the names of the other environments' work pools are those of `prefect.yaml`.
+parameters, and ends. Descriptions, tags and the names of the other environments' work pools are `prefect.yaml`'s.
 """
 
 import asyncio
+import contextlib
 import inspect
 import shlex
 import sys
@@ -67,10 +68,8 @@ def _pools(declared: list[Mapping[str, Any]]) -> Iterator[str]:
 
 async def _make_pool(client: PrefectClient, name: str) -> None:
     template = ProcessWorker.get_default_base_job_template()
-    try:
+    with contextlib.suppress(ObjectAlreadyExists):
         await client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=template))
-    except ObjectAlreadyExists:
-        pass
 
 
 async def _make_deployment(

@@ -185,9 +185,7 @@ def json_answer(status: int, content: Mapping[str, Any], headers: Mapping[str, s
 class RefusalError(Exception):
     """An answer other than the wanted one: its status, its sentence or RFC 6749 error code, and more fields."""
 
-    def __init__(
-        self, status: int, error: str, /, *, headers: Mapping[str, str] = _NO_HEADERS, **more: str | None
-    ) -> None:
+    def __init__(self, status: int, error: str, /, *, headers: Mapping[str, str] = _NO_HEADERS, **more: str | None) -> None:
         super().__init__(error)
         self._status, self._content, self._headers = status, {"error": error, **more}, headers
 
@@ -219,10 +217,7 @@ class Database:
         if not self._slots.acquire(timeout=_PATIENCE):
             raise _unreadable()
         try:
-            return [
-                Key(kid, status, jwk, None if sealed is None else bytes(sealed))
-                for kid, status, jwk, sealed in self._rows()
-            ]
+            return [Key(kid, status, jwk, None if sealed is None else bytes(sealed)) for kid, status, jwk, sealed in self._rows()]
         except psycopg2.Error as error:
             print(f"database: {str(error).strip()}", file=sys.stderr, flush=True)
             raise _unreadable() from None
@@ -452,9 +447,7 @@ class IdentityService:
         scope = self._granted_scope(request.form)
         key, private = _signing_key(replica, fault)
         now = time.time() + fault.clock_offset
-        token = jwt.encode(
-            self._claims(scope, int(now)), private, algorithm="ES256", headers={"kid": key.kid, "typ": "at+jwt"}
-        )
+        token = jwt.encode(self._claims(scope, int(now)), private, algorithm="ES256", headers={"kid": key.kid, "typ": "at+jwt"})
         lifetime = int(self._config.token_lifetime)
         content = {"access_token": token, "token_type": "Bearer", "expires_in": lifetime, "scope": scope}
         return json_answer(200, content, {"Cache-Control": "no-store"})
@@ -474,10 +467,7 @@ class IdentityService:
     def _check_client(self, request: Request) -> None:
         name, _, secret = _basic_credentials(request.headers.get("Authorization", "")).partition(":")
         # RFC 6749 2.3.1 has both form-encoded, curl sends them as they are: either will do.
-        known = any(
-            _same(decode(name), self._config.client_id) and _same(decode(secret), self._config.client_secret)
-            for decode in (str, unquote_plus)
-        )
+        known = any(_same(decode(name), self._config.client_id) and _same(decode(secret), self._config.client_secret) for decode in (str, unquote_plus))
         if not known:
             wrong = "Unknown client or wrong secret."
             raise RefusalError(401, "invalid_client", error_description=wrong, headers=_challenge("Basic"))
@@ -579,9 +569,7 @@ def _sentence(error: psycopg2.Error) -> str:
 
 
 def _pkcs8(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    return key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def _basic_credentials(authorization: str) -> str:
@@ -649,10 +637,7 @@ class Faults:
 
 def _read_faults(text: str) -> dict[str, list[Waiting]]:
     listed = {endpoint: each if isinstance(each, list) else [each] for endpoint, each in json.loads(text).items()}
-    return {
-        endpoint: [Waiting(fault, fault.times) for fault in (Fault(**each) for each in wanted)]
-        for endpoint, wanted in listed.items()
-    }
+    return {endpoint: [Waiting(fault, fault.times) for fault in (Fault(**each) for each in wanted)] for endpoint, wanted in listed.items()}
 
 
 # ------------------------------------------------------------------------------------------------ HTTP

@@ -1,7 +1,7 @@
 """Owns what a home remembers from one sandbox to the next: its secrets, and the ports of its parts.
 
-Secrets lie in `home/secrets`, one to a file, readable by their owner only. Ports are kept so that a bookmark, a shell or
-a test that outlives a sandbox finds the next one at the same address; one that somebody else has taken meanwhile is
+Secrets lie in `home/secrets`, one to a file, readable by their owner only. Ports are kept so that a bookmark, a shell
+or a test that outlives a sandbox finds the next one at the same address; one that somebody else has taken meanwhile is
 replaced.
 """
 

@@ -1,8 +1,8 @@
 """Owns the sandbox's settings: their defaults, what `--set` changes, and the environment file they end up in.
 
 A setting is one of three kinds: fixed here by default, given by the world once its parts have addresses, or absent
-unless somebody sets it. `--set` beats all three, for the file and for the parts alike. Those named `sandbox.…` shape the
-world and are not in the file. `--set KEY=` leaves a setting out of the file, as in `--set gateways.probe_path=`.
+unless somebody sets it. `--set` beats all three, for the file and for the parts alike. Those named `sandbox.…` shape
+the world and are not in the file. `--set KEY=` leaves a setting out of the file, as in `--set gateways.probe_path=`.
 """
 
 import difflib

@@ -1,7 +1,6 @@
 """Owns the live traffic of the sandbox: clients that call the gateways with tokens, and the record of what they met.
 
-    TRAFFIC_CLIENT_SECRET=… python -m sandbox.traffic --token-url URL --client-id ID --gateway URL [--gateway URL …] \\
-        --rate 100 --report FILE
+    TRAFFIC_CLIENT_SECRET=… python -m sandbox.traffic --token-url URL --client-id ID --gateway URL … --rate 100 --report FILE
 
 It runs until SIGTERM or SIGINT, in a process of its own: nothing that it measures shares its interpreter. The clients
 behave like ordinary ones: each keeps a token, renews it some time before it expires, and sends GETs over keep-alive
@@ -418,9 +417,7 @@ class Traffic:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         self.stop()
 
     @property

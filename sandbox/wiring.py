@@ -117,7 +117,7 @@ class Sandbox:
         server = crew.begin("prefect-server", self._conductor.server, [databases])
         identity = crew.begin("identity", self._identity(), [databases, kms])
         gateways = [crew.begin(name, gateway, [identity]) for name, gateway in self._gateways.items()]
-        # Last, so that it is stopped first. It waits for the server by itself, after the seconds that it needs to import Prefect.
+        # Last, so that it is stopped first. It imports Prefect while the server starts, then waits for it by itself.
         worker = crew.begin("prefect-worker", self._conductor.worker, [databases])
         return [slack, server, worker, *gateways]
 
@@ -166,7 +166,7 @@ class Sandbox:
         }
 
     def _gateway(self, number: int) -> Gateway:
-        """The odd ones fetch in the background, one cache for all; the even ones on request, a cache for each worker."""
+        """The odd ones fetch in the background, one cache for all; the even ones on request, one for each worker."""
         in_background = number % 2 == 1
         return Gateway(
             self._home,

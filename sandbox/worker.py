@@ -2,8 +2,8 @@
 
     python -m sandbox.worker
 
-`prefect worker start` would do the same work, but takes seconds longer for its command line, and cannot begin before the
-server answers.
+`prefect worker start` would do the same work, but takes seconds longer for its command line, and cannot begin before
+the server answers.
 """
 
 import asyncio

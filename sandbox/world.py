@@ -67,7 +67,7 @@ def _heed_no_more_signals() -> None:
 
 
 class World:
-    """A world in a child process: `with World(home, {"gateways.cache_time": "2s"}) as world: world.facts["token_url"]`."""
+    """A world in a child process: `with World(home, {"gateways.cache_time": "2s"}) as world: world.facts["pids"]`."""
 
     def __init__(self, home: Path, overrides: Mapping[str, Any] | None = None, bootstrap: bool = True) -> None:
         self.home = home.resolve()

@@ -59,8 +59,10 @@ WHERE id = :id AND epoch = :epoch AND ended_at IS NULL
 RETURNING id, epoch, kind, actor, reason, opened_at, lease_until, flow_run_id, old_kid, new_kid, rolled_back, ended_at, outcome, message
 
 -- name: insert_key
+-- Unique indexes hold the same; asked for here, the loser of a race is told so in words.
 INSERT INTO public.signing_keys (kid, alg, public_jwk, private_key_ciphertext, sealed_by, canaries, rotation_id)
-VALUES (:kid, 'ES256', cast(:public_jwk AS jsonb), :ciphertext, :sealed_by, cast(:canaries AS jsonb), :rotation_id)
+SELECT :kid, 'ES256', cast(:public_jwk AS jsonb), :ciphertext, :sealed_by, cast(:canaries AS jsonb), :rotation_id
+WHERE NOT EXISTS (SELECT 1 FROM public.signing_keys WHERE status = 'next' OR rotation_id = :rotation_id)
 
 -- name: name_new_key
 UPDATE key_rotation.rotations SET new_kid = :kid WHERE id = :id
@@ -69,10 +71,10 @@ UPDATE key_rotation.rotations SET new_kid = :kid WHERE id = :id
 -- What was committed before this transaction began has been visible since now at the latest: waiting counts from here.
 UPDATE public.signing_keys SET
     published_seen_at = CASE WHEN status <> 'disabled' THEN coalesce(published_seen_at, now()) ELSE published_seen_at END,
-    demoted_seen_at = CASE WHEN status = 'previous' THEN coalesce(demoted_seen_at, now()) END,
-    retain_until = CASE WHEN status = 'previous' THEN coalesce(retain_until, coalesce(demoted_seen_at, now()) + :retention) END,
+    demoted_seen_at = CASE WHEN status = 'previous' THEN coalesce(demoted_seen_at, now()) ELSE demoted_seen_at END,
+    retain_until = CASE WHEN status = 'previous' THEN coalesce(retain_until, coalesce(demoted_seen_at, now()) + :retention) ELSE retain_until END,
     disabled_seen_at = CASE WHEN status = 'disabled' THEN coalesce(disabled_seen_at, now()) END
-WHERE published_seen_at IS NULL OR (status = 'previous' AND (demoted_seen_at IS NULL OR retain_until IS NULL))
+WHERE (status <> 'disabled' AND published_seen_at IS NULL) OR (status = 'previous' AND (demoted_seen_at IS NULL OR retain_until IS NULL))
    OR (status = 'disabled' AND disabled_seen_at IS NULL)
 
 -- name: accept
@@ -114,7 +116,7 @@ UPDATE public.signing_keys SET status = 'previous' WHERE kid = :kid AND status =
 UPDATE public.signing_keys SET cleanup_hold = :reason WHERE kid = :kid AND status = 'previous'
 
 -- name: release_cleanups
-UPDATE public.signing_keys SET cleanup_hold = NULL WHERE cleanup_hold IS NOT NULL RETURNING kid
+UPDATE public.signing_keys SET cleanup_hold = NULL WHERE cleanup_hold IS NOT NULL
 
 -- name: spend_canaries
 -- Reserved before they are shown to anybody: a canary that a gateway may have seen proves nothing to a token cache.

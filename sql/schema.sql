@@ -78,10 +78,11 @@ CREATE TABLE IF NOT EXISTS public.signing_keys (
     cleanup_hold            text,                                 -- why this key must not be cleaned up yet; NULL: no hold
     canaries                jsonb,                                -- signed probe tokens; readable by the rotator only
     canaries_spent          integer NOT NULL DEFAULT 0,           -- how many of them a gateway may have seen
-    rotation_id             bigint REFERENCES key_rotation.rotations (id)
+    rotation_id             bigint
 );
 
 -- Constraints stand apart from the table, so that a table which an identity service already has gets the same ones.
+-- A coordinate's last character carries four bits: with others there, one point would have several thumbprints (I3).
 DO $$
 DECLARE
     wanted record;
@@ -92,7 +93,7 @@ BEGIN
             ('status_is_known', $rule$ CHECK (status IN ('next', 'current', 'previous', 'disabled')) $rule$),
             ('enabled_while_published', $rule$ CHECK (enabled = (status <> 'disabled')) $rule$),
             ('public_jwk_is_p256', $rule$ CHECK (coalesce(public_jwk ->> 'kty' = 'EC' AND public_jwk ->> 'crv' = 'P-256'
-                AND public_jwk ->> 'x' ~ '^[A-Za-z0-9_-]{43}$' AND public_jwk ->> 'y' ~ '^[A-Za-z0-9_-]{43}$', false)) $rule$),
+                AND public_jwk ->> 'x' ~ '^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$' AND public_jwk ->> 'y' ~ '^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$', false)) $rule$),
             ('public_jwk_is_public', $rule$ CHECK (public_jwk - '{kty,crv,x,y,kid,alg,use}'::text[] = '{}'::jsonb) $rule$),
             ('public_jwk_is_for_this_use', $rule$ CHECK (coalesce(public_jwk ->> 'kid' = kid AND public_jwk ->> 'alg' = 'ES256'
                 AND public_jwk ->> 'use' = 'sig', false)) $rule$),
@@ -101,7 +102,8 @@ BEGIN
             ('erased_when_disabled', $rule$ CHECK (status <> 'disabled' OR private_key_ciphertext IS NULL) $rule$),
             ('sealed_while_it_may_sign', $rule$ CHECK (status NOT IN ('next', 'current') OR private_key_ciphertext IS NOT NULL) $rule$),
             ('signed_once_promoted', $rule$ CHECK (status NOT IN ('current', 'previous') OR promoted_at IS NOT NULL) $rule$),
-            ('demoted_when_previous', $rule$ CHECK (status <> 'previous' OR demoted_at IS NOT NULL) $rule$)
+            ('demoted_when_previous', $rule$ CHECK (status <> 'previous' OR demoted_at IS NOT NULL) $rule$),
+            ('made_by_rotation', $rule$ FOREIGN KEY (rotation_id) REFERENCES key_rotation.rotations (id) $rule$)
         ) AS rules(name, rule)
     LOOP
         IF NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conname = wanted.name AND conrelid = 'public.signing_keys'::regclass) THEN
@@ -243,7 +245,8 @@ BEGIN
     IF pg_has_role(current_user, 'keyrotation_rotator', 'USAGE') AND NOT key_rotation.is_by_hand() AND NOT key_rotation.holds_the_fence() THEN
         RAISE EXCEPTION 'superseded: this transaction does not hold the open rotation' USING ERRCODE = 'KR001';
     END IF;
-    SELECT coalesce(new.rotation_id, id) INTO new.rotation_id FROM key_rotation.rotations WHERE ended_at IS NULL;
+    -- The rotation's own word for it is not asked: under another's number it could make a second key (I2).
+    new.rotation_id := (SELECT id FROM key_rotation.rotations WHERE ended_at IS NULL);
     new.created_at := now();
     new.published_at := now();
     RETURN new;
@@ -254,6 +257,7 @@ CREATE OR REPLACE FUNCTION key_rotation.guard_key_change() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     by_hand boolean := key_rotation.is_by_hand();
+    by_rotator boolean := NOT by_hand AND pg_has_role(current_user, 'keyrotation_rotator', 'USAGE');
     refusal text;
 BEGIN
     IF (new.kid, new.alg, new.public_jwk, new.created_at) IS DISTINCT FROM (old.kid, old.alg, old.public_jwk, old.created_at) THEN
@@ -262,10 +266,26 @@ BEGIN
     IF old.compromised AND (new.enabled OR new.status <> 'disabled' OR NOT new.compromised) THEN                     -- I8
         RAISE EXCEPTION 'signing key % is compromised, for ever: it is never published, enabled or promoted again', old.kid;
     END IF;
-    IF NOT by_hand AND pg_has_role(current_user, 'keyrotation_rotator', 'USAGE') AND NOT key_rotation.holds_the_fence()                  -- I22
-       AND (new.status, new.enabled, new.compromised, new.never_promote, new.published_seen_at, new.accepted_at, new.demoted_seen_at, new.retain_until)
-           IS DISTINCT FROM (old.status, old.enabled, old.compromised, old.never_promote, old.published_seen_at, old.accepted_at, old.demoted_seen_at, old.retain_until) THEN
+    -- All that the rotator may change; but lifting a cleanup's hold is a person's word, in no rotation.             -- I22
+    IF by_rotator AND NOT key_rotation.holds_the_fence()
+       AND (new.status, new.enabled, new.compromised, new.never_promote, new.published_seen_at, new.accepted_at, new.demoted_seen_at,
+            new.retain_until, new.disabled_seen_at, new.disabled_reason, new.canaries_spent, coalesce(new.cleanup_hold, old.cleanup_hold))
+           IS DISTINCT FROM (old.status, old.enabled, old.compromised, old.never_promote, old.published_seen_at, old.accepted_at, old.demoted_seen_at,
+            old.retain_until, old.disabled_seen_at, old.disabled_reason, old.canaries_spent, old.cleanup_hold) THEN
         RAISE EXCEPTION 'superseded: this transaction does not hold the open rotation' USING ERRCODE = 'KR001';
+    END IF;
+    IF old.never_promote AND NOT new.never_promote THEN
+        RAISE EXCEPTION 'signing key % was rolled back or cleaned up once: never_promote is for good', old.kid;
+    END IF;
+    -- Deadlines count from these, so they are this database's now and nobody's word; retention and spent canaries only grow.   -- I6, I7, I18
+    IF NOT by_hand AND ((new.published_seen_at IS DISTINCT FROM old.published_seen_at AND new.published_seen_at <> now())
+                     OR (new.accepted_at IS DISTINCT FROM old.accepted_at AND new.accepted_at <> now())
+                     OR (new.demoted_seen_at IS DISTINCT FROM old.demoted_seen_at AND new.demoted_seen_at <> now())
+                     OR (new.disabled_seen_at IS DISTINCT FROM old.disabled_seen_at AND new.disabled_seen_at <> now())
+                     OR (new.retain_until IS DISTINCT FROM old.retain_until
+                         AND coalesce(new.retain_until, '-infinity') < coalesce(old.retain_until, new.demoted_seen_at, now()))
+                     OR new.canaries_spent < old.canaries_spent) THEN
+        RAISE EXCEPTION 'signing key %: an instant is noted as it passes, and retention and spent canaries are never taken back', old.kid;
     END IF;
     IF new.enabled AND NOT old.enabled AND new.status = old.status THEN
         RAISE EXCEPTION 'signing key % is not enabled by hand', old.kid
@@ -283,6 +303,14 @@ BEGIN
         RAISE EXCEPTION 'signing key % is % and cannot become %', old.kid, old.status, new.status
             USING HINT = CASE WHEN old.status = 'current' THEN 'tokens are signed with it now. Rotate first (keyrotation plan shows how);'
                 ' is it compromised, run the emergency-rotation deployment' END;
+    END IF;
+    IF old.status = 'disabled' AND NOT by_hand AND NOT by_rotator THEN
+        RAISE EXCEPTION 'signing key % is disabled and not published again by %', old.kid, current_user
+            USING HINT = format('to bring back a key that was cleaned up too early: keyrotation republish ENVIRONMENT %s', old.kid);
+    END IF;
+    IF old.status = 'disabled' AND old.promoted_at IS NULL THEN
+        RAISE EXCEPTION 'signing key % never signed: there is no token that it could verify', old.kid
+            USING HINT = 'a new key is made by the next rotation';
     END IF;
     IF new.status = 'disabled' THEN
         IF NOT by_hand AND NOT (new.compromised AND EXISTS (SELECT 1 FROM key_rotation.rotations WHERE ended_at IS NULL
@@ -362,6 +390,29 @@ BEGIN
 END
 $$;
 
+-- What changes beside the status: a cleanup's hold by anybody, anything by hand. Names the columns and never what they hold. As the caller:
+-- whether it was a hand could not be told otherwise.                                                                -- I15
+CREATE OR REPLACE FUNCTION key_rotation.record_key_edit() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    happened text := CASE WHEN new.cleanup_hold IS NULL AND old.cleanup_hold IS NOT NULL THEN 'cleanup released'
+                          WHEN new.cleanup_hold IS DISTINCT FROM old.cleanup_hold THEN 'cleanup put on hold'
+                          WHEN key_rotation.is_by_hand() THEN 'edited' END;
+    edited jsonb;
+BEGIN
+    IF happened IS NULL THEN
+        RETURN NULL;
+    END IF;
+    SELECT jsonb_agg(key ORDER BY key) INTO edited
+    FROM jsonb_each(to_jsonb(new)) AS after JOIN jsonb_each(to_jsonb(old)) AS before USING (key) WHERE after.value <> before.value;
+    INSERT INTO key_rotation.ledger (rotation_id, kid, event, actor, flow_run_id, reason, evidence)
+    VALUES (key_rotation.said('rotation_id')::bigint, new.kid, happened, coalesce(key_rotation.said('actor'), 'by hand: ' || session_user),
+            key_rotation.said('flow_run_id'), coalesce(new.cleanup_hold, key_rotation.said('reason'), 'by hand'),
+            coalesce(key_rotation.said('evidence')::jsonb, '{}') || jsonb_build_object('columns', edited));
+    RETURN NULL;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION key_rotation.require_one_current_key() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$                                    -- I1
 BEGIN
@@ -387,6 +438,9 @@ CREATE OR REPLACE TRIGGER record_new AFTER INSERT ON public.signing_keys
 CREATE OR REPLACE TRIGGER record_change AFTER UPDATE ON public.signing_keys
     FOR EACH ROW WHEN (old.status IS DISTINCT FROM new.status OR old.compromised IS DISTINCT FROM new.compromised)
     EXECUTE FUNCTION key_rotation.record_key_change();
+CREATE OR REPLACE TRIGGER record_edit AFTER UPDATE ON public.signing_keys
+    FOR EACH ROW WHEN (old.status = new.status AND old.compromised = new.compromised AND old.* IS DISTINCT FROM new.*)
+    EXECUTE FUNCTION key_rotation.record_key_edit();
 DROP TRIGGER IF EXISTS one_current_at_commit ON public.signing_keys;
 CREATE CONSTRAINT TRIGGER one_current_at_commit AFTER INSERT OR UPDATE ON public.signing_keys
     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION key_rotation.require_one_current_key();

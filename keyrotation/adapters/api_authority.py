@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from keyrotation.connections.http import Answer, exchange, place
 from keyrotation.domain.decision import Rotation
-from keyrotation.domain.errors import BadAnswer, Denied, Refused, Unreachable, WorldError
+from keyrotation.domain.errors import BadAnswer, Denied, Refused, Superseded, Unreachable, WorldError
 from keyrotation.domain.keys import Key, KeyRing
 from keyrotation.ports import Gate, KeyStore
 from keyrotation.secrets import SecretRef
@@ -39,13 +39,23 @@ class ApiAuthority:
         before = self._keys.look().ring.current
         if not self._keys.gate_is_open(rotation, kid, gate):
             raise Refused(f"key {kid} may not be promoted yet: it is not next, not published long enough, or not shown to be known everywhere")
-        self._promote(kid)
+        # Named before the call: a run that dies right after it must still find the way back, and the key to clean up.
         self._keys.name_promoted(rotation, before.kid if before else None, kid)
+        try:
+            self._promote(kid)
+        except WorldError:
+            now = self._keys.look().ring.current
+            if before is not None and now is not None and now.kid != before.kid:
+                raise Superseded(f"the identity service made key {now.kid} current meanwhile: key {kid} was not promoted by this run") from None
+            raise
 
     def roll_back(self, rotation: Rotation, kid: str, reason: str) -> None:
         """Asks the service to promote the previous key again."""
         failed: Key = self._keys.look().ring.require_current()
         self._keys.renew(rotation)
+        if failed.kid == kid:                   # done already, by a run that died before it could say so
+            self._keys.mark_rolled_back(rotation, self._keys.rotation(rotation.id).new_kid or "")
+            return
         self._promote(kid)
         self._keys.mark_rolled_back(rotation, failed.kid)
 

@@ -20,6 +20,7 @@ from keyrotation.ports import Dated, Published, Token
 from keyrotation.secrets import SecretRef
 
 KEY_BEARING_HEADERS = ("jku", "jwk", "x5u", "x5c", "crit")
+LONGEST_AGE = 2**31      # seconds, the largest number that a cache need understand (RFC 9111, 1.2.2)
 
 
 class HttpIdentity:
@@ -49,7 +50,7 @@ class HttpIdentity:
             raw = json.loads(answer.body)["access_token"]
             header, claims = jwt.get_unverified_header(raw), _unverified_claims(raw)
             return Token(str(header["kid"]), _instant(claims["iat"]), _instant(claims["exp"]), raw)
-        except (ValueError, KeyError, TypeError, OverflowError, jwt.PyJWTError):
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError, jwt.PyJWTError):
             raise BadAnswer(f"the token endpoint {place(self._token_url)} does not answer with a JWT that has kid, iat and exp") from None
 
     def verify(self, token: Token, jwks: Jwks) -> None:
@@ -78,7 +79,7 @@ def verify(raw: str, jwks: Jwks, issuer: str) -> None:
             "verify_exp": False, "verify_iat": False, "verify_nbf": False, "verify_aud": False, "require": ["iss", "exp", "iat"]})
     except jwt.InvalidSignatureError:
         raise BadAnswer("a token's signature does not match its key in the JWKS") from None
-    except (jwt.PyJWTError, ValueError, TypeError) as error:
+    except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
         raise BadAnswer(f"a token does not verify: {error.__class__.__name__}") from None
 
 
@@ -92,10 +93,13 @@ def _instant(value: Any) -> datetime:
 
 
 def _max_age(cache_control: str) -> timedelta | None:
-    if re.search(r"\bno-(store|cache)\b", cache_control):
+    """The longest that any cache may serve the answer: the shared ones' own age counts as well, and the time that they may serve it stale (RFC 5861)."""
+    if re.search(r"\bno-(store|cache)\b", cache_control, re.IGNORECASE):
         return timedelta(0)
-    found = re.search(r"\b(?:s-maxage|max-age)=\"?(\d+)", cache_control)
-    return timedelta(seconds=int(found[1])) if found else None
+    ages = {name.lower(): min(int(seconds[:11]), LONGEST_AGE) for name, seconds in re.findall(r"([\w-]+)=\"?([0-9]+)", cache_control)}
+    fresh = [ages[name] for name in ("max-age", "s-maxage") if name in ages]
+    stale = [ages[name] for name in ("stale-while-revalidate", "stale-if-error") if name in ages]
+    return timedelta(seconds=max(fresh) + max(stale, default=0)) if fresh else None
 
 
 def _not_ok(what: str, url: str, answer: Answer) -> WorldError:

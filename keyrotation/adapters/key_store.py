@@ -115,9 +115,9 @@ class PostgresKeyStore(_Looking):
         """Publishes the new key as next; its rotation makes no second one (a unique index)."""
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason, {"sealed_by": key.sealed_by, "canaries": len(key.canaries)})
-            connection.execute(query("insert_key"), {
-                "kid": key.kid, "public_jwk": json.dumps(dict(key.public_jwk)), "ciphertext": key.ciphertext, "sealed_by": key.sealed_by,
-                "canaries": json.dumps(key.canaries), "rotation_id": rotation.id})
+            values = {"kid": key.kid, "public_jwk": json.dumps(dict(key.public_jwk)), "ciphertext": key.ciphertext, "sealed_by": key.sealed_by,
+                      "canaries": json.dumps(key.canaries), "rotation_id": rotation.id}
+            self._touch(connection, "insert_key", values, "no key was published: another one is next already, or this rotation has made its key")
             connection.execute(query("name_new_key"), {"id": rotation.id, "kid": key.kid})
 
         self._database.write(work)
@@ -179,7 +179,7 @@ class PostgresKeyStore(_Looking):
             self._fence(connection, rotation, reason)
             failed = connection.execute(query("demote_current"), {"kid": kid}).scalar()
             self._touch(connection, "restore", {"kid": kid}, f"key {kid} cannot be rolled back to: it is not previous any more")
-            connection.execute(query("never_promote_again"), {"kid": failed})
+            self._touch(connection, "never_promote_again", {"kid": failed}, f"there was no other current key to roll back from to key {kid}")
             connection.execute(query("name_rolled_back"), {"id": rotation.id})
 
         self._database.write(work)
@@ -188,7 +188,7 @@ class PostgresKeyStore(_Looking):
         """The same marks, where the identity service did the promotion back."""
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, "")
-            connection.execute(query("never_promote_again"), {"kid": kid})
+            self._touch(connection, "never_promote_again", {"kid": kid}, f"key {kid} was not rolled back: it is not previous")
             connection.execute(query("name_rolled_back"), {"id": rotation.id})
 
         self._database.write(work)
@@ -202,7 +202,7 @@ class PostgresKeyStore(_Looking):
         self._database.write(work)
 
     def hold_cleanup(self, rotation: Rotation, kid: str, reason: str) -> None:
-        """Keeps the key's cleanup back until a person releases it."""
+        """Keeps the key's cleanup back until a person releases it. A key that is not previous has no cleanup to be held: nothing is done."""
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason)
             connection.execute(query("hold_cleanup"), {"kid": kid, "reason": reason})
@@ -237,11 +237,8 @@ class PostgresKeyStore(_Looking):
         def work(connection: Connection) -> None:
             self._say(connection, by, None, None, "released")
             lifted = connection.execute(query("release")).rowcount
-            kids = [row.kid for row in connection.execute(query("release_cleanups"))]
-            if not lifted and not kids:
+            if not lifted + connection.execute(query("release_cleanups")).rowcount:
                 raise Refused("nothing is on hold here: neither the environment nor a cleanup")
-            for kid in kids:
-                self._record(connection, "cleanup released", by, None, None, kid, "released", {})
 
         self._database.write(work)
 

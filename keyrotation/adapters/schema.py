@@ -13,6 +13,7 @@ from pathlib import Path
 from sqlalchemy import TextClause, text
 
 from keyrotation.connections.database import Database
+from keyrotation.connections.queries import query
 
 SQL = Path(__file__).resolve().parents[2] / "sql"
 COLUMN = re.compile(r"^    (\w+) +(?:bigint|boolean|bytea|integer|jsonb|text|timestamptz)\b", re.MULTILINE)
@@ -21,12 +22,12 @@ NAMED = {
     "trigger": (re.compile(r"^CREATE (?:OR REPLACE|CONSTRAINT) TRIGGER (\w+) .*? ON (\S+)", re.MULTILINE), "{} on {}"),
     "unique index": (re.compile(r"^CREATE UNIQUE INDEX IF NOT EXISTS (\w+) ON (\S+)", re.MULTILINE), "{} on {}"),
 }
-RULE = re.compile(r"^ +\('(\w+)', \$rule\$ CHECK", re.MULTILINE)      # those that schema.sql adds to signing_keys one by one
+RULE = re.compile(r"^ +\('(\w+)', \$rule\$ CHECK", re.MULTILINE)  # those that schema.sql adds to signing_keys one by one
 CONSTRAINT = re.compile(r"^ +CONSTRAINT (\w+) CHECK", re.MULTILINE)
 FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION (key_rotation\.\w+)\(", re.MULTILINE)
 BODY = re.compile(r"^CREATE OR REPLACE FUNCTION (key_rotation\.\w+)\((?:(?!^CREATE ).)*? AS \$\$(.*?)\$\$;", re.MULTILINE | re.DOTALL)
 
-Part = tuple[str, str]     # kind and name: ("trigger", "append_only on key_rotation.ledger")
+Part = tuple[str, str]  # kind and name: ("trigger", "append_only on key_rotation.ledger")
 
 
 def expected() -> frozenset[Part]:
@@ -52,8 +53,11 @@ def flaws_of_schema(database: Database) -> list[str]:
     there = {(row.kind, row.name): row for row in rows}
     said = [f"{kind} {name} is missing" for kind, name in sorted(expected() - there.keys())]
     said += [f"{kind} {name} is switched off or not valid" for kind, name in sorted(expected() & there.keys()) if not there[kind, name].works]
-    said += [f"function {name} is another one than the file's" for name, body in sorted(bodies().items())
-             if ("function", name) in there and there["function", name].body != body]
+    said += [
+        f"function {name} is another one than the file's"
+        for name, body in sorted(bodies().items())
+        if ("function", name) in there and there["function", name].body != body
+    ]
     return said
 
 
@@ -67,6 +71,12 @@ def server(database: Database) -> tuple[str, str, bool]:
     """(login, PostgreSQL's version, whether it is a replica)."""
     row = database.read(lambda connection: connection.execute(_query("server")).one())
     return row.login, row.version, row.is_replica
+
+
+def environment_name(database: Database) -> str | None:
+    """Whose database this is; None where nobody named it."""
+    name: str | None = database.read(lambda connection: connection.execute(query("environment")).scalar())
+    return name
 
 
 def sealed_by(database: Database) -> Sequence[tuple[str, int]]:

@@ -20,10 +20,6 @@ from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from slack_sdk import WebClient
-from slack_sdk.errors import SlackApiError
-from slack_sdk.webhook import WebhookClient
-
 from keyrotation.domain.errors import BadAnswer, Denied, KeyRotationError, SettingsError, Unreachable, WorldError
 from keyrotation.secrets import SecretRef
 
@@ -82,7 +78,7 @@ class SlackAnnouncer:
 
     def __init__(self, token: SecretRef, channel: str, base_url: str | None = None, total: float = TOTAL) -> None:
         self._token, self._channel, self._total = token, channel, total
-        self._base_url = WebClient.BASE_URL if base_url is None else base_url.rstrip("/") + "/"
+        self._base_url = None if base_url is None else base_url.rstrip("/") + "/"
 
     def say(self, text: str, thread: str | None = None) -> str | None:
         """Posts the plain text and returns the message's ts, to answer in; raises WorldError within the total time."""
@@ -99,7 +95,11 @@ class SlackAnnouncer:
         return f"Slack knows the token as {fields.get('user')} of {fields.get('team')}; messages go to {self._channel}"
 
     def _call(self, method: str, arguments: Mapping[str, Any]) -> _Answer:
-        client = WebClient(self._token.reveal(), base_url=self._base_url, timeout=SOCKET, retry_handlers=[], logger=SILENT)
+        # Loaded where somebody is told something: the shell looks without.
+        from slack_sdk import WebClient  # noqa: PLC0415
+        from slack_sdk.errors import SlackApiError  # noqa: PLC0415
+
+        client = WebClient(self._token.reveal(), base_url=self._base_url or WebClient.BASE_URL, timeout=SOCKET, retry_handlers=[], logger=SILENT)
         sent = {name: value for name, value in arguments.items() if value is not None}
 
         def once() -> _Answer:
@@ -121,6 +121,8 @@ class SlackWebhook:
 
     def say(self, text: str, thread: str | None = None) -> str | None:
         """Posts the plain text; returns None, for a webhook does not say which message it made. Raises WorldError within the total time."""
+        from slack_sdk.webhook import WebhookClient  # noqa: PLC0415
+
         client = WebhookClient(self._address(), timeout=SOCKET, retry_handlers=[], logger=SILENT)
         message = {"text": escape(text), "thread_ts": thread, "mrkdwn": True, "unfurl_links": False, "unfurl_media": False}
 

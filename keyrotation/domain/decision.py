@@ -90,18 +90,32 @@ class Request:
 def decide_rotation(facts: Facts, request: Request, policy: Policy) -> Decision:
     """What a rotation run does with what it finds."""
     return (
-        _about_the_hold(facts)
+        _about_an_emergency(facts)
+        or _about_the_hold(facts)
         or _about_open_work(facts, request)
         or _about_age(facts, request, policy)
     )
 
 
 def decide_bootstrap(facts: Facts, request: Request) -> Decision:
-    """What a bootstrap run does: only an environment without any current key is given one."""
-    if facts.ring.current is not None:
+    """What a bootstrap run does: only an environment without any current key is given one. A bootstrap that died after its promotion is finished."""
+    unfinished = facts.open_rotation is not None and facts.open_rotation.kind == "bootstrap"
+    if facts.ring.current is not None and not unfinished:
         return Decision(Action.NOTHING, "has a key", f"nothing to do: key {facts.ring.current.kid} is current since "
                         f"{show_instant(facts.ring.current.promoted_at or facts.ring.current.created_at)}")
-    return _about_open_work(facts, request) or Decision(Action.BOOTSTRAP, "no key", "no key has ever been current here: the initial key is made")
+    return (
+        _about_an_emergency(facts)
+        or _about_the_hold(facts)
+        or _about_open_work(facts, request)
+        or Decision(Action.BOOTSTRAP, "no key", "no key has ever been current here: the initial key is made")
+    )
+
+
+def _about_an_emergency(facts: Facts) -> Decision | None:
+    work = facts.open_rotation
+    if work is None or work.kind != "emergency":
+        return None
+    return Decision(Action.NOTHING, "emergency", f"an emergency is open ({_named(work)}): nothing was changed; rotate again once it is over")
 
 
 def _about_the_hold(facts: Facts) -> Decision | None:
@@ -115,15 +129,17 @@ def _about_open_work(facts: Facts, request: Request) -> Decision | None:
     work = facts.open_rotation
     if work is None:
         return None
-    named = f"{work.kind} {work.id}, opened {show_instant(work.opened_at)} by {work.actor}"
-    if work.kind == "emergency":
-        return Decision(Action.NOTHING, "emergency", f"an emergency is open ({named}): nothing was changed; rotate again once it is over")
+    named = _named(work)
     mine = work.flow_run_id is not None and work.flow_run_id == request.flow_run_id
     if mine or work.lease_until <= facts.now:
         return Decision(Action.RESUME, "unfinished", f"finishing {named}: the run that worked on it is gone")
     if request.only_if_due:
         return Decision(Action.NOTHING, "busy", f"nothing to do: {named}, is under way")
     return Decision(Action.WAIT, "busy", f"{named}, is under way: waiting for its end")
+
+
+def _named(work: Rotation) -> str:
+    return f"{work.kind} {work.id}, opened {show_instant(work.opened_at)} by {work.actor}"
 
 
 def _about_age(facts: Facts, request: Request, policy: Policy) -> Decision:

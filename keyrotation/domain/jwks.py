@@ -6,9 +6,9 @@ Strict on purpose: what we publish is only ES256 signature keys. Anything else i
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +16,11 @@ from keyrotation.domain.errors import BadAnswer
 
 MAX_OCTETS = 256 * 1024
 PRIVATE_MEMBERS = ("d", "p", "q", "dp", "dq", "qi", "oth", "k")
+# 256 bits in base64url without padding: the last letter carries four of them, then two that are zero. Another spelling would be another kid.
+COORDINATE = re.compile(r"[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]")
+# The curve P-256, y² = x³ - 3x + b over the field of that prime (NIST SP 800-186, 3.2.1.3).
+FIELD = 2**256 - 2**224 + 2**192 + 2**96 - 1
+CURVE_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
 
 
 def thumbprint(jwk: Mapping[str, str]) -> str:
@@ -72,18 +77,23 @@ def _checked(entry: object) -> str:
     if leaked:
         raise BadAnswer(f"the JWKS shows the PRIVATE half of key {kid} (member '{leaked[0]}'): treat the key as compromised and run an emergency rotation")
     if (entry.get("kty"), entry.get("crv")) != ("EC", "P-256") or entry.get("alg") not in ("ES256", None):
-        raise BadAnswer(f"the JWKS holds key {kid} of another kind ({entry.get('kty')} {entry.get('alg') or entry.get('crv') or ''}): only ES256 keys are published here")
+        raise BadAnswer(f"the JWKS holds key {kid} of another kind ({_named(entry)}): only ES256 keys are published here")
     if entry.get("use") not in ("sig", None):
         raise BadAnswer(f"the JWKS holds key {kid} for another use than signatures")
-    if not all(_is_coordinate(entry.get(member)) for member in ("x", "y")):
+    if not _is_on_the_curve(entry.get("x"), entry.get("y")):
         raise BadAnswer(f"the JWKS holds key {kid} with coordinates that are not a P-256 point's")
+    if thumbprint(entry) != entry["kid"]:
+        raise BadAnswer(f"the JWKS shows another public key under the kid {kid}: a kid is the thumbprint of its key (RFC 7638); find out who changed it")
     return str(entry["kid"])
 
 
-def _is_coordinate(value: object) -> bool:
-    if not isinstance(value, str) or len(value) != 43:
+def _named(entry: Mapping[str, object]) -> str:
+    """What kind of key it says it is, for messages: short, whatever stands there."""
+    return " ".join(str(entry[member])[:20] for member in ("kty", "crv", "alg") if isinstance(entry.get(member), str))
+
+
+def _is_on_the_curve(x: object, y: object) -> bool:
+    if not (isinstance(x, str) and isinstance(y, str) and COORDINATE.fullmatch(x) and COORDINATE.fullmatch(y)):
         return False
-    try:
-        return len(base64.urlsafe_b64decode(value + "=")) == 32
-    except (binascii.Error, ValueError):
-        return False
+    across, up = (int.from_bytes(base64.urlsafe_b64decode(value + "="), "big") for value in (x, y))
+    return max(across, up) < FIELD and (up * up - across**3 + 3 * across - CURVE_B) % FIELD == 0

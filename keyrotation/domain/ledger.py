@@ -50,7 +50,9 @@ def broken_links(entries: Iterable[Entry], after: tuple[int, str] = (0, GENESIS)
     """Sentences on what is wrong with the chain, by entry number; empty if it is whole. `after` is the (seq, hash) before the first."""
     said, (seq, head) = [], after
     for entry in entries:
-        if entry.seq != seq + 1:
+        if entry.seq <= seq:
+            said.append(f"entry {entry.seq} comes after entry {seq}: it was inserted, repeated or moved")
+        elif entry.seq != seq + 1:
             said.append(f"entry {seq + 1} is missing: after {seq} comes {entry.seq}")
         elif entry.previous_hash != head:
             said.append(f"entry {entry.seq} does not follow entry {seq}: one of the two was exchanged")

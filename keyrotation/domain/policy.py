@@ -25,11 +25,11 @@ DATE_RESOLUTION = timedelta(seconds=1)
 DUE_SHARE = 0.5
 
 
-def show(duration: timedelta) -> str:
-    """A duration as people write it: 48h, 15m, 1m 30s, 0.5s."""
+def show(duration: timedelta, units: int = 2) -> str:
+    """A duration as people write it: 2d, 15m, 1m 30s, 0.5s; no more than so many of its units."""
     seconds = duration.total_seconds()
     if seconds < 0:
-        return "-" + show(-duration)
+        return "-" + show(-duration, units)
     if seconds < 10:
         return f"{seconds:.3g}s"
     parts, whole = [], round(seconds)
@@ -37,7 +37,7 @@ def show(duration: timedelta) -> str:
         count, whole = divmod(whole, size)
         if count:
             parts.append(f"{count}{unit}")
-    return " ".join(parts[:2])
+    return " ".join(parts[:units])
 
 
 def show_instant(instant: datetime) -> str:
@@ -65,7 +65,7 @@ class Sum:
 
     def explain(self) -> str:
         """`2026-01-05 03:00:11 UTC = published 2026-01-05 03:00:00 UTC + gateway cache 10s + clock skew 1s`."""
-        terms = "".join(f" + {name} {show(term)}" for name, term in self.terms if term)
+        terms = "".join(f" + {name} {show(term, units=4)}" for name, term in self.terms if term)      # all units: who adds them up gets the instant
         return f"{show_instant(self.instant)} = {self.start_name} {show_instant(self.start)}{terms}"
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MISSED_WORKER_CHANCE = 1e-6
+# Parts of the reasons that verifiers give for a 401 that is no word about the key: somebody's clock, a set that could not be fetched, no token.
+OTHER_REASONS = ("not yet valid", "not active", "in the future", "used before", "expired", "fetch", "missing")
 
 
 class Answer(StrEnum):
@@ -39,7 +41,7 @@ def classify(status: int, reason: str) -> Answer:
     """
     if status == 200:
         return Answer.ACCEPTED
-    if status == 401 and not any(word in reason.lower() for word in ("not yet valid", "expired", "fetch")):
+    if status == 401 and not any(words in reason.lower() for words in OTHER_REASONS):
         return Answer.REFUSED
     return Answer.UNPROVEN
 

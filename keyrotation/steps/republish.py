@@ -52,7 +52,9 @@ def _opened(env: Environment, facts: Facts, request: Request) -> Rotation | None
         raise Refused(f"{env.name} is on hold by {facts.hold.by}: {facts.hold.reason}. To lift it: keyrotation release {env.name}. Nothing was changed")
     if facts.open_rotation is not None:
         work = facts.open_rotation
-        raise Busy(f"{work.kind} {work.id}, opened {show_instant(work.opened_at)} by {work.actor}, is not over yet: nothing was changed; try again after its end")
+        raise Busy(
+            f"{work.kind} {work.id}, opened {show_instant(work.opened_at)} by {work.actor}, is not over yet: nothing was changed; try again after its end"
+        )
     return env.keys.open(KIND, request, None)
 
 
@@ -74,6 +76,8 @@ def _carried_out(env: Environment, rotation: Rotation, key: Key, request: Reques
 def _told(env: Environment, key: Key) -> Happened:
     known = env.policy.may_promote(key.published_seen_at or key.published_at)
     until = key.retain_until or known.instant
-    return Happened(key.kid, f"key {key.kid} is published again and verifies the tokens that it has signed. It never signs again: its private half was erased when it was "
-                    f"cleaned up. Every gateway knows it from {show_instant(known.instant)} on; it is kept until {show_instant(until)}",
-                    {"known_everywhere": known.explain(), "retain_until": until.isoformat()})
+    told = (
+        f"key {key.kid} is published again and verifies the tokens that it has signed. It never signs again: its private half was erased when it "
+        f"was cleaned up. Every gateway knows it from {show_instant(known.instant)} on; it is kept until {show_instant(until)}"
+    )
+    return Happened(key.kid, told, {"known_everywhere": known.explain(), "retain_until": until.isoformat()})

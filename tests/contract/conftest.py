@@ -205,11 +205,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the peer answers. `drip`: one octet of a header at a time, for ever."""
+    """What the peer answers. `cut`: nothing, the connection is closed. `drip`: one octet of a header at a time, for ever."""
 
     status: int = 200
     body: bytes = b"ok"
     headers: dict[str, str] = field(default_factory=dict)
+    cut: bool = False
     drip: bool = False
 
 
@@ -256,6 +257,7 @@ class PeerHandler(BaseHTTPRequestHandler):
         reply = peer.answer(Seen(self.command, self.path, dict(self.headers.items()), body))
         if reply.drip:
             self._drip(peer)
+        if reply.drip or reply.cut:
             return
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():

@@ -97,11 +97,14 @@ class TestPush:
 
     def test_each_push_flushes_again(self, gateway: Gateway, old: SigningKey, peer: Peer) -> None:
         """Each push changes the file in a way that it never had: the gateway fetches once more each time."""
+        pushed = set()
         for _ in range(3):
             Push([gateway.url], [gateway.ecds_file]).refresh([gateway.url])
             (uri,) = jwks_uris(gateway.ecds_file)
+            pushed.add(uri)
             fetched = [uri.removeprefix(peer.url)]
             assert soon(lambda wanted=fetched: status(gateway, old.token()) == 200 and wanted == [seen.path for seen in peer.seen][-1:])  # type: ignore[misc]
+        assert len(pushed) == 3
 
 
 class TestPushedFile:

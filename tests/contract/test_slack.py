@@ -108,9 +108,10 @@ class TestFailing:
         announcer.say("rotation 7 has begun")
         assert len(slack.messages()) == 1
 
-    def test_f56_a_long_limit_is_not(self, peer: Peer, announcer_at: Callable[[float], Announcer]) -> None:
-        """429 with a Retry-After beyond our time: one attempt, and an error that says what is the matter."""
-        peer.says({"status": 429, "body": b'{"ok": false, "error": "ratelimited"}', "headers": {"Retry-After": "30"}})
+    @pytest.mark.parametrize("wait", ["3", "30", "soon", ""])
+    def test_f56_a_long_limit_is_not(self, wait: str, peer: Peer, announcer_at: Callable[[float], Announcer]) -> None:
+        """429 with a Retry-After beyond our time, or none that can be read: one attempt, and an error that says what is the matter."""
+        peer.says({"status": 429, "body": b'{"ok": false, "error": "ratelimited"}', "headers": {"Retry-After": wait}})
         with pytest.raises(Unreachable, match="HTTP 429"):
             announcer_at(5).say("rotation 7 has begun")
         assert len(peer.seen) == 1
@@ -122,6 +123,13 @@ class TestFailing:
         with pytest.raises(Unreachable, match="failed twice"):
             announcer_at(5).say("rotation 7 has begun")
         assert len(peer.seen) == 2
+
+    def test_f56_a_cut_connection_is_not_repeated(self, peer: Peer, announcer_at: Callable[[float], Announcer]) -> None:
+        """The message may have arrived: it is not said twice, and the error leaves it open."""
+        peer.says({"cut": True})
+        with pytest.raises(Unreachable, match="may not have arrived"):
+            announcer_at(5).say("rotation 7 has begun")
+        assert len(peer.seen) == 1
 
     def test_f56_a_short_failure_is_survived(self, slack: Slack, announcer: Announcer) -> None:
         """500 once, then well: the message arrives once."""

@@ -53,8 +53,7 @@ class Database:
 
     def promote(self, kid: str) -> None:
         self.run(
-            "UPDATE signing_keys SET status = 'previous' WHERE status = 'current';"
-            "UPDATE signing_keys SET status = 'current' WHERE kid = %s",
+            "UPDATE signing_keys SET status = 'previous' WHERE status = 'current';UPDATE signing_keys SET status = 'current' WHERE kid = %s",
             kid,
         )
 
@@ -166,6 +165,7 @@ def database(server: Postgres) -> Database:
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KmsEmulator]:
+    """One KMS for all tests; who stops it starts it again."""
     running = KmsEmulator(tmp_path_factory.mktemp("kms") / "home")
     yield running
     running.stop()
@@ -232,9 +232,8 @@ def make_identity(make_config: Callable[..., dict[str, Any]], tmp_path: Path) ->
 
 
 def pkcs8(private: ec.EllipticCurvePrivateKey) -> bytes:
-    return private.private_bytes(
-        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    """The private half as it is sealed: DER, not encrypted."""
+    return private.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def _administer(server: Postgres, statement: str) -> None:

@@ -36,6 +36,7 @@ MakeIdentity = Callable[..., "Identity"]
 
 
 def kid_of(answer: requests.Response) -> str:
+    """Which key the issued token names."""
     return str(jwt.get_unverified_header(answer.json()["access_token"])["kid"])
 
 
@@ -48,6 +49,7 @@ def verified(service: Identity, answer: requests.Response) -> dict[str, Any]:
 
 
 def eventually(holds: Callable[[], bool], within: float = 10) -> None:
+    """Asks until it holds."""
     deadline = time.monotonic() + within
     while not holds():
         assert time.monotonic() < deadline
@@ -55,9 +57,7 @@ def eventually(holds: Callable[[], bool], within: float = 10) -> None:
 
 
 class TestJwks:
-    def test_it_holds_next_current_and_previous_and_no_disabled_key(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_it_holds_next_current_and_previous_and_no_disabled_key(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """What is enabled is published, what is disabled is not."""
         disabled, previous, current = (make_key(promoted=True) for _ in range(3))
         database.disable(disabled)
@@ -105,9 +105,7 @@ class TestToken:
         service = make_identity()
         assert len({verified(service, service.token())["jti"] for _ in range(5)}) == 5
 
-    @pytest.mark.parametrize(
-        "otherwise", [{"secret": "wrong"}, {"client": "wrong"}, {"secret": "wröng"}, {"secret": ""}, {}]
-    )
+    @pytest.mark.parametrize("otherwise", [{"secret": "wrong"}, {"client": "wrong"}, {"secret": "wröng"}, {"secret": ""}, {}])
     def test_wrong_credentials_are_refused(self, make_identity: MakeIdentity, otherwise: dict[str, str]) -> None:
         """401 as RFC 6749 5.2 has it, also for none at all."""
         service = make_identity()
@@ -132,9 +130,7 @@ class TestToken:
             ({"scope": "admin"}, "invalid_scope"),
         ],
     )
-    def test_other_grants_and_scopes_are_refused(
-        self, make_identity: MakeIdentity, form: dict[str, str], error: str
-    ) -> None:
+    def test_other_grants_and_scopes_are_refused(self, make_identity: MakeIdentity, form: dict[str, str], error: str) -> None:
         """400 with the error code of RFC 6749 5.2."""
         answer = make_identity().token(**form)
         assert (answer.status_code, answer.json()["error"]) == (400, error)
@@ -150,9 +146,7 @@ class TestToken:
 
 
 class TestPrivateHalves:
-    def test_one_sealed_for_another_environment_does_not_open(
-        self, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_one_sealed_for_another_environment_does_not_open(self, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """The ciphertext is bound to its environment."""
         kid = make_key(promoted=True, environment="production")
         answer = make_identity().token()
@@ -167,9 +161,7 @@ class TestPrivateHalves:
         assert f"Signing key {kid} cannot be used" in answer.json()["error"]
 
     @pytest.mark.parametrize("damage", [{"wrong_crc": True}, {"flip_bit": 3}])
-    def test_one_damaged_on_the_way_is_not_used(
-        self, make_key: MakeKey, make_identity: MakeIdentity, emulator: KmsEmulator, damage: dict[str, Any]
-    ) -> None:
+    def test_one_damaged_on_the_way_is_not_used(self, make_key: MakeKey, make_identity: MakeIdentity, emulator: KmsEmulator, damage: dict[str, Any]) -> None:
         """The checksum of the plaintext is looked at."""
         make_key(promoted=True)
         faults = emulator.home / "faults.json"
@@ -181,9 +173,7 @@ class TestPrivateHalves:
             faults.unlink()
         assert service.token().status_code == 200
 
-    def test_once_open_it_signs_without_the_kms(
-        self, make_key: MakeKey, make_identity: MakeIdentity, emulator: KmsEmulator
-    ) -> None:
+    def test_once_open_it_signs_without_the_kms(self, make_key: MakeKey, make_identity: MakeIdentity, emulator: KmsEmulator) -> None:
         """While the KMS is away opened keys sign, others cannot be opened; when it is back, all sign."""
         opened = make_key(promoted=True)
         service, fresh = make_identity(), make_identity()
@@ -198,9 +188,7 @@ class TestPrivateHalves:
 
 
 class TestReplicas:
-    def test_each_has_its_own_view_and_they_take_turns(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_each_has_its_own_view_and_they_take_turns(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """A replica that read before a promotion signs with the old key until its cache is over."""
         old, new = make_key(promoted=True), make_key()
         service = make_identity(replicas=2, key_cache=3600)
@@ -216,9 +204,7 @@ class TestReplicas:
         assert service.promote(new).status_code == 200
         assert kid_of(service.token()) == old
 
-    def test_a_view_is_read_again_once_it_is_old(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_a_view_is_read_again_once_it_is_old(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """key_cache seconds later every replica knows."""
         make_key(promoted=True)
         new = make_key()
@@ -240,9 +226,7 @@ class TestReplicas:
 
 
 class TestDatabase:
-    def test_while_it_is_away_the_answer_is_one_sentence(
-        self, server: Postgres, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_while_it_is_away_the_answer_is_one_sentence(self, server: Postgres, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """503 while the keys cannot be read, and no restart is needed afterwards."""
         kid = make_key(promoted=True)
         service = make_identity()
@@ -258,9 +242,7 @@ class TestDatabase:
         assert service.kids() == {kid}
         assert kid_of(service.token()) == kid
 
-    def test_a_restart_between_two_requests_goes_unnoticed(
-        self, server: Postgres, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_a_restart_between_two_requests_goes_unnoticed(self, server: Postgres, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """Connections kept from before it are found out and replaced within the request."""
         kid = make_key(promoted=True)
         service = make_identity()
@@ -269,9 +251,7 @@ class TestDatabase:
         server.start()
         assert kid_of(service.token()) == kid
 
-    def test_what_was_read_is_served_until_it_is_old(
-        self, server: Postgres, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_what_was_read_is_served_until_it_is_old(self, server: Postgres, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """A key cache bridges an outage."""
         kid = make_key(promoted=True)
         service = make_identity(key_cache=3600)
@@ -288,9 +268,7 @@ class TestDatabase:
         make_key(promoted=True)
         for mode in ("READ ONLY", "READ WRITE"):
             with pytest.raises((psycopg2.errors.ReadOnlySqlTransaction, psycopg2.errors.InsufficientPrivilege)):
-                database.run(
-                    f"SET TRANSACTION {mode}; UPDATE public.signing_keys SET {change}", role="keyrotation_reader"
-                )
+                database.run(f"SET TRANSACTION {mode}; UPDATE public.signing_keys SET {change}", role="keyrotation_reader")
 
 
 class TestRotate:
@@ -310,9 +288,7 @@ class TestRotate:
     def test_the_ledger_names_the_admin_api(self, database: Database, make_identity: MakeIdentity) -> None:
         """Who made a key is on record."""
         kid = make_identity(authority="api").rotate().json()["kid"]
-        assert database.run("SELECT event, actor FROM key_rotation.ledger WHERE kid = %s", kid) == [
-            ("generated", "identity service, admin API")
-        ]
+        assert database.run("SELECT event, actor FROM key_rotation.ledger WHERE kid = %s", kid) == [("generated", "identity service, admin API")]
 
     def test_there_is_one_next_key(self, make_identity: MakeIdentity) -> None:
         """409 with the kid of the one that exists, also when many ask at once."""
@@ -343,9 +319,7 @@ class TestRotate:
 
 
 class TestPromote:
-    def test_current_becomes_previous_and_the_next_one_current(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_current_becomes_previous_and_the_next_one_current(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """200, and both changes are there together."""
         old, new = make_key(promoted=True), make_key()
         service = make_identity(authority="api")
@@ -353,9 +327,7 @@ class TestPromote:
         assert (answer.status_code, answer.json()) == (200, {"kid": new, "status": "current", "previous": old})
         assert (database.status(old), database.status(new)) == ("previous", "current")
 
-    def test_a_previous_key_can_be_current_again(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_a_previous_key_can_be_current_again(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """The way back."""
         old, new = make_key(promoted=True), make_key(promoted=True)
         assert make_identity(authority="api").promote(old).json()["previous"] == new
@@ -367,9 +339,7 @@ class TestPromote:
         answer = make_identity(authority="api").promote("no%20such%20key")
         assert (answer.status_code, answer.json()["kid"]) == (404, "no such key")
 
-    def test_what_cannot_be_promoted_is_refused(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_what_cannot_be_promoted_is_refused(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """409 for the current key, a disabled one, and one that the database refuses; nothing changes."""
         disabled, rolled_back, current = (make_key(promoted=True) for _ in range(3))
         database.disable(disabled)
@@ -394,18 +364,14 @@ class TestPromote:
 class TestAdminApi:
     @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "the-admin-token"}])
     @pytest.mark.parametrize("authority", ["database", "api"])
-    def test_without_the_admin_token_it_does_nothing(
-        self, make_key: MakeKey, make_identity: MakeIdentity, authority: str, headers: dict[str, str]
-    ) -> None:
+    def test_without_the_admin_token_it_does_nothing(self, make_key: MakeKey, make_identity: MakeIdentity, authority: str, headers: dict[str, str]) -> None:
         """401 for a missing, a wrong and an unannounced token."""
         kid = make_key()
         service = make_identity(authority=authority)
         assert [service.rotate(headers).status_code, service.promote(kid, headers).status_code] == [401, 401]
         assert service.kids() == {kid}
 
-    def test_it_is_closed_where_the_database_is_the_authority(
-        self, database: Database, make_key: MakeKey, make_identity: MakeIdentity
-    ) -> None:
+    def test_it_is_closed_where_the_database_is_the_authority(self, database: Database, make_key: MakeKey, make_identity: MakeIdentity) -> None:
         """403 and the reason, even if the service's role could write."""
         kid = make_key()
         service = make_identity(database_url=database.url("keyrotation_identity_admin"))
@@ -538,9 +504,7 @@ class TestHttp:
         answer = service.http.post(service.token_url, data=iter([b"grant_type=client_credentials"]), timeout=10)
         assert (answer.status_code, answer.headers["Connection"]) == (411, "close")
 
-    def test_its_log_holds_no_secret(
-        self, make_key: MakeKey, make_identity: MakeIdentity, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_its_log_holds_no_secret(self, make_key: MakeKey, make_identity: MakeIdentity, capfd: pytest.CaptureFixture[str]) -> None:
         """One line for each request, without credentials, tokens or queries."""
         make_key(promoted=True)
         service = make_identity(authority="api")
@@ -558,9 +522,7 @@ class TestHttp:
 
 
 class TestProcess:
-    def test_it_runs_until_it_is_told_to_end(
-        self, tmp_path: Path, make_key: MakeKey, make_config: Callable[..., dict[str, Any]]
-    ) -> None:
+    def test_it_runs_until_it_is_told_to_end(self, tmp_path: Path, make_key: MakeKey, make_config: Callable[..., dict[str, Any]]) -> None:
         """SIGTERM ends it with 0; faults.json lies beside the configuration."""
         make_key(promoted=True)
         port = free_port()
@@ -579,9 +541,7 @@ class TestProcess:
             process.kill()
             process.wait()
 
-    def test_a_configuration_that_others_can_read_is_refused(
-        self, tmp_path: Path, make_config: Callable[..., dict[str, Any]]
-    ) -> None:
+    def test_a_configuration_that_others_can_read_is_refused(self, tmp_path: Path, make_config: Callable[..., dict[str, Any]]) -> None:
         """It holds secrets."""
         config = tmp_path / "identity.json"
         config.write_text(json.dumps(make_config()))
@@ -590,9 +550,7 @@ class TestProcess:
             identity.Config.load(config)
 
     @pytest.mark.parametrize("wrong", [{"authority": "nobody"}, {"replicas": 0}, {"key_cash": 1}])
-    def test_a_configuration_that_makes_no_sense_is_refused(
-        self, tmp_path: Path, make_config: Callable[..., dict[str, Any]], wrong: dict[str, Any]
-    ) -> None:
+    def test_a_configuration_that_makes_no_sense_is_refused(self, tmp_path: Path, make_config: Callable[..., dict[str, Any]], wrong: dict[str, Any]) -> None:
         """At the start, not at the first request."""
         config = tmp_path / "identity.json"
         config.touch(mode=0o600)

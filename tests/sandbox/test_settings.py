@@ -68,9 +68,9 @@ def test_the_sandboxs_own_settings_are_not_in_the_file(tmp_path: Path) -> None:
 def test_every_setting_of_the_contract_is_known() -> None:
     """The names of the contract's environment file, and the sandbox's own."""
     contract = """
-        authority identity.url identity.jwks_url identity.token_url identity.issuer identity.admin_token identity.client_id
-        identity.client_secret identity.scope identity.key_cache identity.shared_cache identity.max_age_limit
-        identity.refresh database.url database.cleaner_url database.auditor_url sealer.kind sealer.key sealer.endpoint
+        authority identity.url identity.jwks_url identity.token_url identity.issuer identity.admin_token
+        identity.client_id identity.client_secret identity.scope identity.key_cache identity.shared_cache
+        identity.max_age_limit identity.refresh database.url database.cleaner_url database.auditor_url sealer.kind sealer.key sealer.endpoint
         gateways.urls gateways.probe_path gateways.cache_time gateways.workers gateways.canary_shortens_wait
         gateways.refresh policy.cleanup policy.cleanup_after policy.token_lifetime policy.clock_skew policy.rotate_every
         policy.max_key_age policy.keep_standby policy.watch_after_emergency slack.token slack.channel slack.base_url

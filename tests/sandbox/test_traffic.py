@@ -69,6 +69,7 @@ class _Verifier(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def gateways() -> Iterator[list[Gateway]]:
+    """Two of them; a test may stop one and put another in its place."""
     running = [Gateway(), Gateway()]
     yield running
     for gateway in running:
@@ -77,11 +78,13 @@ def gateways() -> Iterator[list[Gateway]]:
 
 @pytest.fixture
 def kid(make_key: MakeKey) -> str:
+    """The current key."""
     return make_key(promoted=True)
 
 
 @pytest.fixture
 def service(kid: str, make_identity: MakeIdentity) -> Identity:
+    """It issues tokens of that key."""
     return make_identity()
 
 
@@ -104,13 +107,12 @@ def make_traffic(service: Identity, gateways: list[Gateway], tmp_path: Path) -> 
 
 
 def sent(at_least: int) -> Callable[[Report], bool]:
+    """Whether so many requests have been sent."""
     return lambda report: report.totals["sent"] >= at_least
 
 
 class TestCounting:
-    def test_each_gateway_gets_an_equal_part_at_the_rate_asked_for(
-        self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str
-    ) -> None:
+    def test_each_gateway_gets_an_equal_part_at_the_rate_asked_for(self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str) -> None:
         """All of it is accepted, on one connection for each client and gateway; clients keep their tokens."""
         traffic = make_traffic(clients=8)
         traffic.wait_until(sent(200))
@@ -123,9 +125,7 @@ class TestCounting:
         assert 8 <= report.kids[kid]["issued"] <= 16
         assert [gateway.connections for gateway in gateways] == [8, 8]
 
-    def test_a_rejected_valid_token_is_counted_and_shown(
-        self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str
-    ) -> None:
+    def test_a_rejected_valid_token_is_counted_and_shown(self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str) -> None:
         """With the gateway, the kid, the token's age and what the gateway said; at most 50 times."""
         gateways[1].refused.add(kid)
         traffic = make_traffic()
@@ -140,18 +140,14 @@ class TestCounting:
         assert 0 <= example["age"] < 30
         assert example["body"].startswith("Jwks doesn't have key")
 
-    def test_an_answer_that_says_nothing_about_the_token_stands_apart(
-        self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str
-    ) -> None:
+    def test_an_answer_that_says_nothing_about_the_token_stands_apart(self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str) -> None:
         """A 503 is no rejection."""
         gateways[0].refused.add(kid)
         gateways[0].refusal = 503
         report = make_traffic().wait_until(lambda report: report.totals["other"] > 10)
         assert report.rejected() == 0
 
-    def test_a_refused_connection_stands_apart(
-        self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str
-    ) -> None:
+    def test_a_refused_connection_stands_apart(self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str) -> None:
         """It is no rejection, the other gateway's part goes on, and so does this one's when it is back."""
         away = gateways[1].url
         gateways[1].stop()
@@ -193,9 +189,7 @@ class TestCounting:
 
 
 class TestTokens:
-    def test_they_are_renewed_before_they_expire(
-        self, make_traffic: MakeTraffic, make_identity: MakeIdentity, kid: str
-    ) -> None:
+    def test_they_are_renewed_before_they_expire(self, make_traffic: MakeTraffic, make_identity: MakeIdentity, kid: str) -> None:
         """No client is ever without one, none is used at its end."""
         traffic = make_traffic(clients=4, token_url=make_identity(token_lifetime=3).token_url)
         report = traffic.wait_until(lambda report: sum(its["issued"] for its in report.kids.values()) >= 8)
@@ -224,9 +218,7 @@ class TestTokens:
 
 
 class TestReport:
-    def test_it_tells_when_a_key_was_last_accepted(
-        self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str
-    ) -> None:
+    def test_it_tells_when_a_key_was_last_accepted(self, make_traffic: MakeTraffic, gateways: list[Gateway], kid: str) -> None:
         """To the millisecond: the last acceptance anywhere is what an emergency is measured by."""
         traffic = make_traffic()
         traffic.wait_until(sent(50))
@@ -244,9 +236,7 @@ class TestReport:
         assert instant(stopped) < first + 0.2
         assert report.last_accepted(["unknown"]) is None
 
-    def test_its_timeline_adds_up(
-        self, make_traffic: MakeTraffic, gateways: list[Gateway], make_key: MakeKey, kid: str
-    ) -> None:
+    def test_its_timeline_adds_up(self, make_traffic: MakeTraffic, gateways: list[Gateway], make_key: MakeKey, kid: str) -> None:
         """Second by second and kid by kid, nothing is missing."""
         gateways[0].refused.add(kid)
         traffic = make_traffic(renew_when_rejected=True)
@@ -257,10 +247,7 @@ class TestReport:
         timeline = report.content["timeline"]
         for counted in ("sent", "accepted", "rejected"):
             for its in (kid, new):
-                assert (
-                    sum(second["kids"].get(its, {counted: 0})[counted] for second in timeline)
-                    == (report.kids[its][counted])
-                )
+                assert sum(second["kids"].get(its, {counted: 0})[counted] for second in timeline) == (report.kids[its][counted])
         assert [second["at"] for second in timeline] == sorted({second["at"] for second in timeline})
 
     def test_it_is_whole_at_any_time_and_finished_at_the_end(self, make_traffic: MakeTraffic) -> None:
@@ -274,9 +261,7 @@ class TestReport:
         """The client's secret travels in the environment."""
         traffic = make_traffic()
         traffic.wait_until(sent(10))
-        command = subprocess.run(
-            ["ps", "-o", "args=", "-p", str(traffic.pid)], capture_output=True, text=True, check=True
-        ).stdout
+        command = subprocess.run(["ps", "-o", "args=", "-p", str(traffic.pid)], capture_output=True, text=True, check=True).stdout
         traffic.stop()
         assert "--token-url" in command
         assert service.config.client_secret not in command + traffic.report_path.read_text()
@@ -296,4 +281,5 @@ def test_it_needs_its_gateways_named() -> None:
 
 
 def instant(shown: str) -> float:
+    """Seconds since the epoch."""
     return datetime.fromisoformat(shown).astimezone(UTC).timestamp()

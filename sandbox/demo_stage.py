@@ -1,0 +1,192 @@
+"""Owns what a person sees of the demo: lines that stay, and in a terminal a footer that lives: the step that is under
+way, its bar, and the traffic.
+
+Where there is no terminal, each event is a plain line, without colours and control characters; the footer becomes a line
+now and then. Times are seconds since the stage was opened, shown as T+.
+"""
+
+import io
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.rule import Rule
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+LEAST_WIDTH = 80
+KID_SHOWN = 8  # characters of a kid in tables and sentences; in full once
+
+_MOST_WIDTH = 120  # longer lines are hard to read
+_PLAIN_EVERY = 10.0  # seconds between two lines about the traffic, where there is no terminal
+_BAR_WIDTH = 28
+_STAMP_WIDTH = 9
+_INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d) UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The traffic so far, and whose tokens it used in the last whole second."""
+
+    sent: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    errors: int = 0
+    by_kid: Mapping[str, int] | None = None
+
+    @property
+    def words(self) -> str:
+        trouble = f" · {self.errors:,} errors" if self.errors else ""
+        return f"{self.sent:,} sent · {self.accepted:,} accepted · {self.rejected:,} rejected{trouble}"
+
+
+class Stage:
+    """`with Stage() as stage: stage.event(…)`. Used by one thread, except `busy`."""
+
+    def __init__(self, file: TextIO | None = None, terminal: bool | None = None) -> None:
+        out = sys.stdout if file is None else file
+        self._terminal = _is_terminal(out) if terminal is None else terminal
+        self._console = console_for(out, self._terminal)
+        self._begun, self._begun_at = time.monotonic(), time.time()
+        self._names: dict[str, str] = {}
+        self._counters, self._told_of_traffic = Counters(), 0.0
+        self._doing, self._spinner = "", Spinner("dots", style="cyan")
+        self._share: float | None = None
+        self._live = Live(get_renderable=self._footer, console=self._console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Takes the footer away."""
+        self._live.stop()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._begun
+
+    def since(self, instant: float) -> float:
+        """Seconds from the beginning to this instant (of `time.time()`)."""
+        return instant - self._begun_at
+
+    def call(self, name: str, short: str) -> None:
+        """From now on, sentences say `short` instead of this kid or address."""
+        self._names[name] = short
+
+    def short(self, sentence: str) -> str:
+        """The sentence with short names, and with instants as seconds of this demo."""
+        for name, short in self._names.items():
+            sentence = sentence.replace(name, short)
+        return _INSTANT.sub(lambda found: self._as_seconds(*found.groups()), sentence)
+
+    # ------------------------------------------------------------------------------------------------ what stays
+
+    def chapter(self, title: str, text: str) -> None:
+        """A heading, and what is about to happen."""
+        self._print(Text())
+        if self._terminal:
+            self._print(Rule(Text(title, style="bold"), style="cyan", align="left"))
+        else:
+            self._print(Text(f"== {title} =="))
+        self._print(Text(self.short(text)))
+        self._print(Text())
+
+    def event(self, sentence: str, mark: str = "", style: str = "", at: float | None = None) -> None:
+        """Something that happened, with its time: now, or at this instant (of `time.time()`)."""
+        stamp = f"T+{self.now if at is None else self.since(at):.1f} s"
+        text = Text(f"{mark} " if mark else "", style=style or "green").append(self.short(sentence), style=style or "default")
+        self._in_column(Text(f"{stamp:>{_STAMP_WIDTH}}", style="dim"), text)
+
+    def why(self, sentence: str) -> None:
+        """The reason, below the event that it belongs to."""
+        self._in_column(Text(" " * _STAMP_WIDTH), Text(f"  {sentence}" if self._terminal else f"    {sentence}", style="dim"))
+
+    def show(self, table: RenderableType) -> None:
+        """A table or text of several lines."""
+        self._print(table)
+        self._print(Text())
+
+    def verdict(self, good: bool, sentence: str) -> None:
+        """The last word."""
+        self.drop()
+        self._print(Text(sentence, style="bold green" if good else "bold red"))
+
+    # ------------------------------------------------------------------------------------------------ what lives
+
+    def busy(self, doing: str, share: float | None = None) -> None:
+        """What is under way, and how far; outside a terminal, said once."""
+        said = self.short(doing)
+        if not self._terminal and said.partition(":")[0] != self._doing.partition(":")[0] and said:
+            self.event(said, "...")
+        self._doing, self._share = said, share
+
+    def count(self, counters: Counters) -> None:
+        """The traffic's counters, shown all the time; outside a terminal every ten seconds."""
+        self._counters = counters
+        if not self._terminal and self.now - self._told_of_traffic > _PLAIN_EVERY:
+            self._told_of_traffic = self.now
+            self.event(f"traffic: {counters.words}")
+
+    def _footer(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 1))
+        if self._doing:
+            bar = ProgressBar(total=1.0, completed=self._share, width=_BAR_WIDTH) if self._share is not None else Text()
+            self._spinner.update(text=Text(self._doing, overflow="ellipsis", no_wrap=True))
+            grid.add_row(Text(f"{f'T+{self.now:.1f} s':>{_STAMP_WIDTH}}", style="cyan"), self._spinner, bar)
+        return Group(Text(), Rule(style="dim"), grid, self._traffic())
+
+    def _traffic(self) -> RenderableType:
+        counters = self._counters
+        if not counters.sent:
+            return Text()
+        rejected = Text(f"{counters.rejected:,} rejected", style="bold green" if not counters.rejected else "bold red")
+        line = Text(" live traffic: ", style="cyan").append(f"{counters.sent:,} sent · {counters.accepted:,} accepted · ", style="default").append(rejected)
+        if counters.errors:
+            line.append(f" · {counters.errors:,} errors", style="bold red")
+        signed = " · ".join(f"{self.short(kid)} {many}/s" for kid, many in (counters.by_kid or {}).items())
+        return Group(line, Text(f"   signed by:  {signed}", style="dim"))
+
+    def _in_column(self, left: Text, right: Text) -> None:
+        if not self._terminal:
+            self._print(left.append("  ").append(right))
+            return
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=_STAMP_WIDTH, no_wrap=True)
+        grid.add_column()
+        grid.add_row(left, right)
+        self._print(grid)
+
+    def _print(self, what: RenderableType) -> None:
+        self._console.print(what, soft_wrap=not self._terminal and isinstance(what, Text))
+
+    def _as_seconds(self, day: str | None, hour: str | None) -> str:
+        return f"T+{self.since(datetime.fromisoformat(f'{day}T{hour}').replace(tzinfo=UTC).timestamp()):.0f} s"
+
+
+def console_for(out: TextIO, terminal: bool) -> Console:
+    """Plain where there is no terminal, whatever FORCE_COLOR says; a character that cannot be shown becomes another one."""
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")
+    width = max(LEAST_WIDTH, min(_MOST_WIDTH, shutil.get_terminal_size((_MOST_WIDTH, 40)).columns))
+    return Console(file=out, force_terminal=terminal, no_color=None if terminal else True, width=width, highlight=False, markup=False, emoji=False)
+
+
+def _is_terminal(out: TextIO) -> bool:
+    return out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
