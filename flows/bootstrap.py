@@ -5,7 +5,7 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.announcements import announce
+from tasks.announcements import announce, publish_head
 from tasks.endings import ending, in_words
 from tasks.keys import generate, promote_initial
 from tasks.planning import close_rotation, closed_if_it_fails, keep_standby, open_bootstrap
@@ -32,4 +32,5 @@ def bootstrap_signing_keys(environment: str = "development") -> State[Any]:
         ended = close_rotation(bootstrap, verified)
         announce(ended, f":key: {ended.outcome}: {ended.message}")
     keep_standby(environment)
+    publish_head(environment)
     return ending(ended)

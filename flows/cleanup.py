@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.announcements import announce_about
+from tasks.announcements import announce_about, publish_head
 from tasks.endings import cleaned, in_words
 from tasks.keys import clean_up, plan_cleanup
 from tasks.skin import request
@@ -28,4 +28,5 @@ def cleanup_old_keys(environment: str = "development", kid: str | None = None, d
     for happened in done:
         if happened.changed:
             announce_about(environment, f":broom: {happened.message}", request())
+    publish_head(environment)
     return cleaned(done)

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from keyrotation.domain.events import Proof
-from tasks.announcements import announce
+from tasks.announcements import announce, publish_head
 from tasks.cleanups import schedule_cleanup
 from tasks.endings import ending, in_words
 from tasks.keys import generate, hold_cleanup, promote, roll_back
@@ -52,4 +52,5 @@ def rotate_signing_keys(environment: str = "development", only_if_due: bool = Fa
         ended = close_rotation(rotation, result)
         announce(ended, f"{':white_check_mark:' if ended.outcome == 'done' else ':rotating_light:'} {ended.outcome}: {ended.message}")
     keep_standby(environment)
+    publish_head(environment)
     return ending(ended)

@@ -177,6 +177,13 @@ class Announcer(Protocol):
     def check(self) -> str: ...
 
 
+class Head(Protocol):
+    """Where the ledger's head is published, outside the database."""
+
+    def publish(self, seq: int, digest: str) -> None: ...
+    def read(self) -> tuple[int, str] | None: ...
+
+
 class Progress(Protocol):
     """Is told how far a wait has come: a share between 0 and 1, and words."""
 
@@ -199,6 +206,7 @@ class Environment:
     gateways: Gateways
     ladder: Sequence[Refresher]
     announcer: Announcer | None
+    head: Head | None
     pause: Callable[[float], None] = time.sleep
     # What must live in this process only: the token taken before promotion, which stands for the old key's tokens in `verify`.
     memory: dict[int, Token] = field(default_factory=dict, repr=False)

@@ -9,6 +9,7 @@ from keyrotation.adapters.api_authority import ApiAuthority
 from keyrotation.adapters.database_authority import CanaryTerms, DatabaseAuthority
 from keyrotation.adapters.gateways import HttpGateways
 from keyrotation.adapters.google_kms import GoogleKmsSealer
+from keyrotation.adapters.head_file import HeadFile
 from keyrotation.adapters.identity_api import HttpIdentity
 from keyrotation.adapters.key_store import PostgresCleaner, PostgresKeyStore, PostgresRecords
 from keyrotation.adapters.local_sealer import LocalSealer
@@ -50,6 +51,7 @@ def wire(settings: Settings) -> Environment:
         gateways=HttpGateways(settings.gateways.urls, settings.gateways.probe_path),
         ladder=tuple(_rung(rung, settings) for rung in settings.gateways.refresh),
         announcer=_announcer(settings),
+        head=HeadFile(settings.audit.head_file) if settings.audit else None,
     )
 
 

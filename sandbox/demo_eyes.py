@@ -70,6 +70,11 @@ class Run:
     def over(self) -> bool:
         return self.state in FINAL
 
+    @property
+    def seconds(self) -> float:
+        """From its hour to its end."""
+        return self.ended_at - self.due_at if self.due_at is not None and self.ended_at is not None else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Key:

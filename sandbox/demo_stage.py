@@ -30,6 +30,7 @@ KID_SHOWN = 8  # characters of a kid in tables and sentences; in full once
 
 _MOST_WIDTH = 120  # longer lines are hard to read
 _PLAIN_EVERY = 10.0  # seconds between two lines about the traffic, where there is no terminal
+_PLAIN_SHARE = 0.3  # of a bar, between two lines about it
 _BAR_WIDTH = 28
 _STAMP_WIDTH = 9
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d) UTC")
@@ -52,7 +53,7 @@ class Counters:
 
 
 class Stage:
-    """`with Stage() as stage: stage.event(…)`. Used by one thread, except `busy`."""
+    """`with Stage() as stage: stage.event(…)`."""
 
     def __init__(self, file: TextIO | None = None, terminal: bool | None = None) -> None:
         out = sys.stdout if file is None else file
@@ -63,6 +64,7 @@ class Stage:
         self._counters, self._told_of_traffic = Counters(), 0.0
         self._doing, self._spinner = "", Spinner("dots", style="cyan")
         self._share: float | None = None
+        self._told_of_share, self._after_gap = 0.0, False
         self._live = Live(get_renderable=self._footer, console=self._console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Self:
@@ -100,13 +102,13 @@ class Stage:
 
     def chapter(self, title: str, text: str) -> None:
         """A heading, and what is about to happen."""
-        self._print(Text())
+        self._gap()
         if self._terminal:
             self._print(Rule(Text(title, style="bold"), style="cyan", align="left"))
         else:
             self._print(Text(f"== {title} =="))
         self._print(Text(self.short(text)))
-        self._print(Text())
+        self._gap()
 
     def event(self, sentence: str, mark: str = "", style: str = "", at: float | None = None) -> None:
         """Something that happened, with its time: now, or at this instant (of `time.time()`)."""
@@ -121,7 +123,7 @@ class Stage:
     def show(self, table: RenderableType) -> None:
         """A table or text of several lines."""
         self._print(table)
-        self._print(Text())
+        self._gap()
 
     def verdict(self, good: bool, sentence: str) -> None:
         """The last word."""
@@ -130,11 +132,12 @@ class Stage:
 
     # ------------------------------------------------------------------------------------------------ what lives
 
-    def busy(self, doing: str, share: float | None = None) -> None:
+    def busy(self, doing: str, share: float | None = None, at: float | None = None) -> None:
         """What is under way, and how far; outside a terminal, said once."""
         said = self.short(doing)
-        if not self._terminal and said.partition(":")[0] != self._doing.partition(":")[0] and said:
-            self.event(said, "...")
+        if not self._terminal and said and self._is_news(said, share or 0.0):
+            self._told_of_share = share or 0.0
+            self.event(said, "...", at=at)
         self._doing, self._share = said, share
 
     def count(self, counters: Counters) -> None:
@@ -143,6 +146,9 @@ class Stage:
         if not self._terminal and self.now - self._told_of_traffic > _PLAIN_EVERY:
             self._told_of_traffic = self.now
             self.event(f"traffic: {counters.words}")
+
+    def _is_news(self, said: str, share: float) -> bool:
+        return said.partition(":")[0] != self._doing.partition(":")[0] or share - self._told_of_share > _PLAIN_SHARE
 
     def _footer(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
@@ -173,8 +179,21 @@ class Stage:
         grid.add_row(left, right)
         self._print(grid)
 
+    def _gap(self) -> None:
+        if not self._after_gap:
+            self._console.print()
+        self._after_gap = True
+
     def _print(self, what: RenderableType) -> None:
-        self._console.print(what, soft_wrap=not self._terminal and isinstance(what, Text))
+        self._after_gap = False
+        if self._terminal:
+            self._console.print(what)
+        elif isinstance(what, Text):
+            self._console.print(what, soft_wrap=True)
+        else:
+            with self._console.capture() as drawn:
+                self._console.print(what)
+            self._console.out("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
     def _as_seconds(self, day: str | None, hour: str | None) -> str:
         return f"T+{self.since(datetime.fromisoformat(f'{day}T{hour}').replace(tzinfo=UTC).timestamp()):.0f} s"

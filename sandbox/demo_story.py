@@ -6,7 +6,7 @@ A chapter is a function in `CHAPTERS`. It starts or waits for something, follows
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,29 @@ WHY: Mapping[str, str] = {
     "generate": "A new P-256 pair, its private half sealed by Cloud KMS. In the JWKS, but it signs nothing: no gateway meets a token that it cannot check.",
     "wait for gateway cache": "Gateways keep a copy of the JWKS for 10 s. First that time passes, then each shows by a test token that it knows the key.",
     "promote": "One transaction: the new key signs. The old one stays in the JWKS, so that the tokens it has signed are good until they expire.",
-    "verify JWKS": "Fresh tokens name the new key and verify; a token from before still verifies.",
-    "prove at gateways": "Each gateway is asked with both. Would one refuse them because of the new key, the old key would be made to sign again.",
+    "verify JWKS": "The proof is a token, not a setting. Were it wrong, the old key would be made to sign again.",
+    "prove at gateways": "Each gateway is asked with tokens of both keys, through the very caches that the traffic uses.",
     "schedule cleanup": "A run of its own, at an hour when every token of the old key is dead. The hour is in the database, too: a lost run loses nothing.",
+    "close rotation": "What came of it is written down, and shown on the run's page.",
+    "keep a standby": "Not wanted here. With policy.keep_standby a next key is published ahead, and a rotation need not wait.",
+    "announce": "People read it in Slack. Were Slack down, the work would go on all the same.",
+    "plan the cleanup": "Every old key is looked at: may it go now, and if not, until when is it kept?",
     "clean up": "Disabled: out of the JWKS, its private half erased. Too early, the database itself would refuse it.",
+}
+
+# What the world is made of.
+PARTS: Mapping[str, str] = {
+    "postgres": "PostgreSQL, for the keys and for Prefect",
+    "databases": "tables, roles and grants from sql/",
+    "kms": "a Cloud KMS, which seals the private keys",
+    "slack": "a Slack inbox",
+    "identity": "the identity service, which signs tokens and publishes the JWKS",
+    "gateway-1": "an Envoy that fetches the JWKS in the background",
+    "gateway-2": "an Envoy that fetches the JWKS when a request needs it",
+    "prefect-server": "Prefect's server, with its pages",
+    "prefect-worker": "Prefect's worker, which runs the flows",
+    "bootstrap": "the initial key, made by bootstrap-signing-keys/sandbox",
+    "tokens": "issued, and accepted by both gateways",
 }
 
 
@@ -73,7 +92,7 @@ class Story:
 
     def _begin(self) -> None:
         self.stage.chapter("A signing key rotation, told while it happens", _INTRODUCTION)
-        self.stage.busy("the sandbox starts")
+        self.stage.busy("the sandbox starts, 20 to 60 s")
         with self._told_of_parts():
             self._world.up()
         self.shares.append(Share("the sandbox starts", self.stage.now))
@@ -104,10 +123,12 @@ class Story:
         already = log.stat().st_size if log.exists() else 0
 
         def follow() -> None:
+            told = 0
             while not over.wait(_EVERY):
-                text = log.read_bytes()[already:].decode(errors="replace") if log.exists() else ""
-                ready = [line.partition("] ")[2].partition(" ready")[0] for line in text.splitlines() if " ready, " in line]
-                self.stage.busy(f"the sandbox starts: {', '.join(ready[-4:])} ready" if ready else "the sandbox starts")
+                ready = parts_ready(log.read_bytes()[already:].decode(errors="replace")) if log.exists() else []
+                for part in ready[told:]:
+                    self.stage.event(f"{part}: {PARTS[part]}" if part in PARTS else part, "✓")
+                told = len(ready)
 
         teller = threading.Thread(target=follow, daemon=True)
         teller.start()
@@ -154,14 +175,13 @@ class Story:
 
     def follow(self, run_id: str, what: str) -> Run:
         """Tells of a flow run until it is over, each step once."""
-        told: set[str] = set()
-        said = ""
+        told: dict[str, str] = {}
         while True:
             run = self.eyes.run(run_id)
             for step in run.steps:
                 if step.state in FINAL and step.id not in told:
-                    told.add(step.id)
-                    said = self._tell_of(step, said)
+                    self._tell_of(step, told.values())
+                    told[step.id] = step.message
             self._tell_what_is_under_way(run, what)
             self.count()
             if run.over:
@@ -170,6 +190,10 @@ class Story:
         self.stage.busy("")
         self.show_keys(run.ended_at)
         self.runs[what] = run
+        self.shares += demo_report.of_run(f"the {what}", run)
+        if run.state != "COMPLETED":
+            raise SandboxError(f"the {what} ended {run.state}: {self.stage.short(run.message) or 'without a word'}")
+        self.stage.event(f"the {what} is completed, {run.seconds:.1f} s after its start was due", "✓", at=run.ended_at)
         return run
 
     def count(self) -> None:
@@ -189,20 +213,20 @@ class Story:
         self._shown = keys
         self.stage.show(demo_report.keys_table(keys, self.eyes.published(), self.eyes.signer()))
 
-    def _tell_of(self, step: Step, before: str) -> str:
+    def _tell_of(self, step: Step, said: Iterable[str]) -> None:
         well = step.state == "COMPLETED"
-        news = f": {added}" if (added := news_of(step.message, before)) else ""
+        news = f": {added}" if (added := news_of(step.message, said)) else ""
         self.stage.event(f"{step.name}, {step.seconds:.1f} s{news}", "✓" if well else "✗", "" if well else "red", at=step.ended_at)
         if well and step.name in WHY:
             self.stage.why(WHY[step.name])
         self.show_keys(step.ended_at)
-        return step.message or before
 
     def _tell_what_is_under_way(self, run: Run, what: str) -> None:
         running = next((step for step in run.steps if step.state == "RUNNING"), None)
-        if running is not None:
-            share, says = run.bar or (None, "")
-            self.stage.busy(f"{running.name}: {says}" if says else running.name, share)
+        if running is not None and run.bar is not None:
+            self.stage.busy(f"{running.name}: {run.bar[1]}", run.bar[0])
+        elif running is not None:
+            self.stage.busy(running.name, at=running.started_at)
         elif not run.steps and not run.over:
             self.stage.busy(f"the {what} starts: Prefect's worker makes a process for it")
 
@@ -229,33 +253,24 @@ def the_first_key(story: Story) -> None:
 
 def the_rotation(story: Story) -> None:
     story.stage.chapter(
-        "The rotation", "The deployment rotate-signing-keys/sandbox, started as its schedule or a click on Quick run would: over Prefect's API."
+        "The rotation", "The deployment rotate-signing-keys/sandbox, started over Prefect's API, as its schedule or a click on Quick run would."
     )
-    run = story.follow(story.eyes.start("rotate-signing-keys/sandbox", f"demo-{story.stage.since(0)}"), "rotation")
-    story.shares += demo_report.of_run("the rotation", run)
-    story.stage.event(f"the rotation is {run.state}", "✓" if run.state == "COMPLETED" else "✗", "" if run.state == "COMPLETED" else "red", at=run.ended_at)
+    story.follow(story.eyes.start("rotate-signing-keys/sandbox", f"demo-{story.stage.since(0)}"), "rotation")
 
 
 def the_cleanup(story: Story) -> None:
     old = next(key.kid for key in story.before if key.status == "current")
     run_id = _scheduled_cleanup(story, old)
     due_at = story.eyes.run(run_id).due_at or time.time()
-    story.stage.chapter(
-        "The cleanup",
-        f"A flow run of its own that the rotation has made ahead, for T+{story.stage.since(due_at):.0f} s: then no token of {old[:KID_SHOWN]} lives any more.",
-    )
-    _pass_the_time(story, due_at, f"waiting for the cleanup's hour, T+{story.stage.since(due_at):.0f} s")
-    run = story.follow(run_id, "cleanup")
-    story.shares += [Share("the old key is kept for its tokens", due_at - (story.runs["rotation"].ended_at or due_at)), *demo_report.of_run("the cleanup", run)]
-    _pass_the_time(
-        story,
-        time.time() + parse_duration(SETTINGS["gateways.cache_time"]) + 1,
-        "the gateways forget the old key, too: the traffic goes on for another cache time",
-    )
+    hour = f"T+{story.stage.since(due_at):.0f} s"
+    story.stage.chapter("The cleanup", f"A flow run of its own, made ahead by the rotation, for {hour}: then no token of {old[:KID_SHOWN]} lives any more.")
+    _pass_the_time(story, due_at, f"the old key is kept until {hour}, while its last tokens are used")
+    story.shares.append(Share("the old key is kept for its tokens", due_at - (story.runs["rotation"].ended_at or due_at)))
+    story.follow(run_id, "cleanup")
 
 
 def what_people_saw(story: Story) -> None:
-    story.stage.chapter("What people saw in Slack", "One thread for the rotation; whoever is not on call need not read on.")
+    story.stage.chapter("What people saw in Slack", "A rotation is one thread: its beginning, and its end as a reply.")
     for message in story.eyes.messages():
         story.stage.event(f"{message['channel']}  {message['text']}", "  ↳" if message["thread_ts"] else "#", "default", at=float(message["ts"]))
 
@@ -265,7 +280,20 @@ def what_the_ledger_says(story: Story) -> None:
     story.stage.show(demo_report.ledger_table(story.eyes.ledger(story.first_entry), story.stage))
 
 
-CHAPTERS: tuple[Callable[[Story], None], ...] = (the_first_key, the_rotation, the_cleanup, what_people_saw, what_the_ledger_says)
+def what_comes_after(story: Story) -> None:
+    story.stage.chapter("What comes after", "The gateways forget the old key, too, within their cache time. The traffic goes on: nobody notices.")
+    cleaned_at = story.runs["cleanup"].ended_at or time.time()
+    _pass_the_time(story, cleaned_at + parse_duration(SETTINGS["gateways.cache_time"]) + 1, "the gateways forget the old key")
+
+
+CHAPTERS: tuple[Callable[[Story], None], ...] = (
+    the_first_key,
+    the_rotation,
+    the_cleanup,
+    what_people_saw,
+    what_the_ledger_says,
+    what_comes_after,
+)
 
 
 def _scheduled_cleanup(story: Story, kid: str) -> str:
@@ -289,9 +317,15 @@ def _pass_the_time(story: Story, until: float, doing: str) -> None:
 # ------------------------------------------------------------------------------------------------ pure
 
 
-def news_of(message: str, before: str) -> str:
-    """What a step's sentence adds to the one before it: steps hand theirs on, and add to it."""
-    return message.removeprefix(before).lstrip("; ") if before else message
+def news_of(message: str, said: Iterable[str]) -> str:
+    """What a step's sentence adds to those before it: some hand theirs on, and add to it."""
+    known = max((earlier for earlier in said if earlier and message.startswith(earlier)), key=len, default="")
+    return message.removeprefix(known).lstrip("; ")
+
+
+def parts_ready(log: str) -> list[str]:
+    """The parts that the log of a starting world says are ready, in their order."""
+    return [line.partition("] ")[2].partition(" ready, ")[0] for line in log.splitlines() if " ready, " in line]
 
 
 def counters(report: Report) -> Counters:

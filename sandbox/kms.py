@@ -351,7 +351,7 @@ class Emulator:
             "DestroyCryptoKeyVersion": (self.destroy_version, service.DestroyCryptoKeyVersionRequest, version),
         }
 
-    def _handler(self, name: str, method: Any, request: Any, response: Any) -> grpc.RpcMethodHandler:
+    def _handler(self, name: str, method: Any, request: Any, response: Any) -> "grpc.RpcMethodHandler[Any, Any]":
         return grpc.unary_unary_rpc_method_handler(
             self._answering(name, method), request.deserialize, response.serialize
         )

@@ -15,6 +15,14 @@ def announce(rotation: Rotation, text: str) -> str:
     return became
 
 
+@prefect_task("publish the ledger's head", retries=0)
+def publish_head(name: str) -> str:
+    """A run's last act."""
+    became = announcing.publish_head(environment(name))
+    log().info("%s", became)
+    return became
+
+
 @prefect_task("announce", retries=0)
 def announce_about(name: str, text: str, who: Request) -> str:
     """Says something that belongs to no rotation."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from psycopg2.extensions import connection as Connection
+from psycopg2 import extensions
 
 from keyrotation.adapters.database_authority import make_key
 from keyrotation.adapters.key_store import PostgresCleaner, PostgresKeyStore, PostgresRecords
@@ -46,8 +46,9 @@ class Database:
 
     def __init__(self, server: Postgres, name: str, secrets_folder: Path) -> None:
         self.server, self.name, self._folder = server, name, secrets_folder
-        self._open: list[Connection] = []
+        self._open: list[extensions.connection] = []
         self._adapters: list[adapter.Database] = []
+        self._looking: extensions.connection | None = None
 
     # ---- sessions
 
@@ -60,7 +61,7 @@ class Database:
         path.write_text(self.url(role))
         return SecretRef("file", str(path))
 
-    def connect(self, role: str) -> Connection:
+    def connect(self, role: str) -> extensions.connection:
         """A session in a transaction of its own, closed with the test at the latest."""
         self._open.append(psycopg2.connect(self.url(role)))
         return self._open[-1]
@@ -76,7 +77,7 @@ class Database:
         return found
 
     @contextmanager
-    def acting_as(self, role: str) -> Iterator[Connection]:
+    def acting_as(self, role: str) -> Iterator[extensions.connection]:
         """A superuser's transaction that may SET LOCAL ROLE: an instant set to now() is still now() for the role. Never committed."""
         connection = self.connect("superuser")
         try:
@@ -85,7 +86,7 @@ class Database:
             connection.rollback()
 
     @staticmethod
-    def ask(connection: Connection, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    def ask(connection: extensions.connection, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows of the (last) statement, in the connection's transaction."""
         with connection.cursor() as cursor:
             cursor.execute(statement, values or None)
@@ -141,14 +142,22 @@ class Database:
         return kid
 
     def status(self, kid: str) -> str:
-        return str(self.value("superuser", "SELECT status FROM signing_keys WHERE kid = %s", kid))
+        return str(self.row(kid)["status"])
 
     def row(self, kid: str) -> dict[str, Any]:
-        return dict(self.value("superuser", "SELECT to_jsonb(signing_keys) FROM signing_keys WHERE kid = %s", kid))
+        ((found,),) = self._look("SELECT to_jsonb(signing_keys) FROM signing_keys WHERE kid = %s", kid)
+        return dict(found)
 
     def everything(self) -> Any:
         """All that a change could leave a trace in."""
-        return self.run("superuser", EVERYTHING)
+        return self._look(EVERYTHING)
+
+    def _look(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """As the superuser, in a session that is kept: tests look often, and a login costs 20 ms."""
+        if self._looking is None:
+            self._looking = self.connect("superuser")
+            self._looking.autocommit = True
+        return self.ask(self._looking, statement, *values)
 
     def close(self) -> None:
         for connection in self._open:
@@ -172,7 +181,8 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     server = Postgres(tmp_path_factory.mktemp("postgres"), free_port(), secrets.token_urlsafe(12))
     server.start()
     try:
-        administer(server, "postgres", *(f"ALTER SYSTEM SET {name} = off" for name in UNSAFE_AND_FAST), "SELECT pg_reload_conf()", f"CREATE DATABASE {TEMPLATE}")
+        administer(server, "postgres", *(f"ALTER SYSTEM SET {name} = off" for name in UNSAFE_AND_FAST), "SELECT pg_reload_conf()")
+        administer(server, "postgres", f"CREATE DATABASE {TEMPLATE}")
         administer(server, TEMPLATE, *((SQL / script).read_text() for script in SCRIPTS))
         administer(server, TEMPLATE, *(f"ALTER ROLE {ROLES[role]} PASSWORD '{PASSWORD}'" for role in ROLES if role != "superuser"))
         administer(server, TEMPLATE, f"INSERT INTO key_rotation.environment (name) VALUES ('{ENVIRONMENT}')")
@@ -189,7 +199,7 @@ def database_factory(postgres_server: Postgres, tmp_path_factory: pytest.TempPat
     def make(template: str = TEMPLATE) -> Database:
         with one_at_a_time:
             made.append(Database(postgres_server, f"test_{len(made)}", folder))
-            administer(postgres_server, "postgres", f"CREATE DATABASE {made[-1].name} TEMPLATE {template}")
+            administer(postgres_server, "postgres", f"CREATE DATABASE {made[-1].name} TEMPLATE {template} STRATEGY file_copy")
             return made[-1]
 
     yield make

@@ -25,8 +25,18 @@ log = logging.getLogger(__name__)
 BUDGET = 10.0  # seconds for a seal, retries and discarded answers included
 ATTEMPTS_IN_BUDGET = 3  # so many attempts fit in even where each is waited for to its end
 ANSWERS = 3  # a line that flips bits twice may be an accident, thrice is not
-ROLE = "roles/cloudkms.cryptoKeyEncrypter"
-TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")  # tried again within the budget
+PASSING = ("INTERNAL", "ABORTED")                                       # not within it, but another run may succeed
+WORDS: dict[str, tuple[type[WorldError], str]] = {
+    "PERMISSION_DENIED": (Denied, "denies encryption with {key}: grant roles/cloudkms.cryptoKeyEncrypter on it to this process's account (or there is no such key)"),
+    "UNAUTHENTICATED": (Denied, "does not know the caller: renew {caller}"),
+    "NOT_FOUND": (WorldError, "has no key {key}: check sealer.key, or create the key"),
+    "FAILED_PRECONDITION": (WorldError, "finds the primary version of {key} disabled or destroyed: enable it, or make another version the primary one"),
+    "INVALID_ARGUMENT": (WorldError, "refuses the request: check that {key} is a symmetric key (purpose ENCRYPT_DECRYPT)"),
+    "RESOURCE_EXHAUSTED": (Unreachable, "refused for {budget} because the quota is used up: raise it, or run this again"),
+    "UNAVAILABLE": (Unreachable, "did not answer within {budget} ({status}): check that this machine may reach {where}"),
+    "DEADLINE_EXCEEDED": (Unreachable, "did not answer within {budget} ({status}): check that this machine may reach {where}"),
+}
 CHECK_CONTEXT = b"keyrotation: a check, no key"
 LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+")
 
@@ -141,25 +151,10 @@ class GoogleKmsSealer:
         return self._of_status(_status(error))
 
     def _of_status(self, status: str) -> KeyRotationError:
-        where = self._endpoint or "cloudkms.googleapis.com"
-        match status:
-            case "PERMISSION_DENIED":
-                return Denied(f"Cloud KMS denies encryption with {self._key}: grant {ROLE} on that key to this process's account (or there is no such key)")
-            case "UNAUTHENTICATED":
-                return Denied("Cloud KMS does not know the caller: renew the credentials of this process" + (f" ({self._token})" if self._token else ""))
-            case "NOT_FOUND":
-                return WorldError(f"Cloud KMS has no key {self._key}: check sealer.key, or create the key")
-            case "FAILED_PRECONDITION":
-                return WorldError(f"the primary version of {self._key} is disabled or destroyed: enable it, or make another version the primary one")
-            case "INVALID_ARGUMENT":
-                return WorldError(f"Cloud KMS refuses the request: check that {self._key} is a symmetric key (purpose ENCRYPT_DECRYPT)")
-            case "RESOURCE_EXHAUSTED":
-                return Unreachable(f"Cloud KMS's quota for {self._key} was used up for {self._budget:g} s: raise it, or run this again")
-            case "UNAVAILABLE" | "DEADLINE_EXCEEDED":
-                return Unreachable(f"Cloud KMS did not answer within {self._budget:g} s ({status}): check that this machine may reach {where}")
-        return WorldError(
-            f"Cloud KMS failed ({status}) with {self._key}: see Google's status page, then run this again", retryable=status in ("INTERNAL", "ABORTED")
-        )
+        kind, words = WORDS.get(status, (WorldError, "failed ({status}) with {key}: see Google's status page, then run this again"))
+        caller = self._token or "the application default credentials"
+        told = words.format(status=status, key=self._key, caller=caller, budget=f"{self._budget:g} s", where=self._endpoint or "cloudkms.googleapis.com")
+        return kind(f"Cloud KMS {told}", retryable=kind is Unreachable or status in PASSING)
 
 
 def _retry(budget: float) -> Any:

@@ -214,7 +214,7 @@ def _replace(path: Path, text: str) -> None:
                 os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -26,7 +26,7 @@ from keyrotation.secrets import SecretRef
 
 log = logging.getLogger(__name__)
 
-CONNECT, READ = 3.0, 3.0  # seconds; an encryption takes milliseconds
+SILENCE = 3  # seconds, to connect and again for the answer; an encryption takes milliseconds
 PAUSE = 0.3  # a new leader is elected in about that time
 CHECK_CONTEXT = b"keyrotation: a check, no key"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -76,7 +76,7 @@ class VaultSealer:
                 name=self._name, mount_point=self._mount, plaintext=_base64(plaintext), associated_data=_base64(context)
             )
         except requests.Timeout:
-            problem = Unreachable(f"{self._where} did not answer within {CONNECT + READ:g} s: check that it runs and is not overloaded")
+            problem = Unreachable(f"{self._where} was silent for {SILENCE} s: check that it runs and is not overloaded")
         except requests.ConnectionError:
             problem = Unreachable(f"{self._where} cannot be reached: check that it runs and that this machine may reach it")
         except (requests.RequestException, ValueError) as error:
@@ -93,7 +93,7 @@ class VaultSealer:
 
         # The raw answer, because hvac's own errors do not tell a standby (473) from anything else. No redirects: they would take
         # token and plaintext to wherever the answer says.
-        client = hvac.Client(url=self._address, token=self._token.reveal(), timeout=(CONNECT, READ), adapter=RawAdapter, allow_redirects=False)
+        client = hvac.Client(url=self._address, token=self._token.reveal(), timeout=SILENCE, adapter=RawAdapter, allow_redirects=False)
         client.adapter.ignore_exceptions = True
         return client
 

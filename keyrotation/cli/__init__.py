@@ -11,6 +11,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 WELL, NOT_WELL, USAGE = 0, 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell sees of other programs
 ENTRIES_SHOWN = 10
+KID = re.compile(r"-[A-Za-z0-9_-]{42}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Says what went wrong in one sentence on stderr, never in a traceback."""
     _prepare_streams()
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser().parse_args([_as_argument(text) for text in (sys.argv[1:] if argv is None else argv)])
         report = _command(arguments)(arguments)
         report.show(arguments.format)
         sys.stdout.flush()
@@ -93,7 +95,7 @@ def _parser() -> _Parser:
     release = _add(commands, "release", "lifts the hold of the environment and of its cleanups", "changing:release")
     release.add_argument("--reason", type=_text, metavar="TEXT", help="for the record")
     republish = _add(commands, "republish", "brings back a key that was cleaned up too early, to verify its tokens", "changing:republish")
-    republish.add_argument("kid", metavar="KID", help="of the key (keyrotation history ENVIRONMENT --keys)")
+    republish.add_argument("kid", type=_kid, metavar="KID", help="of the key (keyrotation history ENVIRONMENT --keys)")
     return parser
 
 
@@ -109,6 +111,15 @@ def _command(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], Re
     module, _, name = arguments.command.partition(":")
     command: Callable[[argparse.Namespace], Report] = getattr(importlib.import_module(f"keyrotation.cli.{module}"), name)
     return command
+
+
+def _as_argument(text: str) -> str:
+    """A kid may begin with a hyphen. argparse takes what holds a space for an argument and not for an option; `_kid` takes it off again."""
+    return f" {text}" if KID.fullmatch(text) else text
+
+
+def _kid(text: str) -> str:
+    return text.strip()
 
 
 def _count(text: str) -> int:

@@ -22,6 +22,18 @@ def announce(env: Environment, text: str, request: Request, rotation_id: int | N
         return _missed(env, text, request, rotation_id, str(error))
 
 
+def publish_head(env: Environment) -> str:
+    """Puts the ledger's head outside the database, a run's last act: whoever rewrites the past afterwards is seen. Raises nothing that the outside causes."""
+    if env.head is None:
+        return "the ledger's head is not published: the environment's file has no [audit]"
+    try:
+        seq, digest = env.records.head()
+        env.head.publish(seq, digest)
+    except KeyRotationError as error:
+        return f"the ledger's head was not published: {error}"
+    return f"the ledger's head is published: entry {seq}"
+
+
 def _thread(env: Environment, rotation_id: int | None) -> str | None:
     """The thread that this rotation's first message opened, also if another process said it."""
     evidence = env.keys.evidence_of(rotation_id, SAID) if rotation_id is not None else None

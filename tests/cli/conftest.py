@@ -6,6 +6,7 @@ The shell is called in this process (`run`), or as the console script where the 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ NAME = "test"
 KEY = "projects/test/locations/local/keyRings/identity/cryptoKeys/signing"
 ENCRYPTER, DECRYPTER, SLACK_TOKEN, CLIENT_SECRET = "kms-token-of-the-rotator", "kms-token-of-identity", "xoxb-of-the-tests", "client-secret-of-the-tests"
 ISSUER, API, CANARY = "https://identity.test", "api", "key-rotation-canary"
+LOG_OF_IDENTITY = re.compile(r" replica=\d+ request=")  # it runs in this process
 CONSOLE_SCRIPT = Path(sys.executable).with_name("keyrotation")
 
 
@@ -143,7 +145,8 @@ class Shell:
             status = main(arguments)
         except SystemExit as ended:
             status = int(ended.code or 0)
-        return status, *self.capture.readouterr()
+        out, err = self.capture.readouterr()
+        return status, out, "".join(line for line in err.splitlines(keepends=True) if not LOG_OF_IDENTITY.search(line))
 
     def json(self, *arguments: str, status: int = 0) -> Any:
         ended, out, err = self.run(*arguments, "--format", "json")

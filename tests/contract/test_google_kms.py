@@ -74,7 +74,7 @@ def test_f12_nobody_there(make_sealer: Make, lets_out: Callable[..., list[str]])
 
 def test_f13_a_missing_grant_is_named_and_not_retried(kms: Kms, make_sealer: Make, lets_out: Callable[..., list[str]]) -> None:
     """PERMISSION_DENIED: one attempt, and an error with the role and the key."""
-    with pytest.raises(Denied, match=rf"{kms.key}: grant roles/cloudkms\.cryptoKeyEncrypter") as caught:
+    with pytest.raises(Denied, match=rf"{kms.key}: grant roles/cloudkms\.cryptoKeyEncrypter on it") as caught:
         make_sealer(token=STRANGER).seal(PLAINTEXT, CONTEXT)
     assert (kms.attempts, caught.value.retryable) == (1, False)
     assert lets_out(caught.value, PLAINTEXT, STRANGER) == []
@@ -82,7 +82,7 @@ def test_f13_a_missing_grant_is_named_and_not_retried(kms: Kms, make_sealer: Mak
 
 def test_f13_an_unknown_caller_is_denied(kms: Kms, make_sealer: Make, lets_out: Callable[..., list[str]]) -> None:
     """UNAUTHENTICATED: the error names the reference to the token, never the token."""
-    with pytest.raises(Denied, match=r"renew the credentials .*\(file:/") as caught:
+    with pytest.raises(Denied, match=r"renew file:/") as caught:
         make_sealer(token="a-revoked-token").seal(PLAINTEXT, CONTEXT)
     assert kms.attempts == 1
     assert lets_out(caught.value, PLAINTEXT, "a-revoked-token") == []

@@ -70,6 +70,7 @@ def gateway(request: pytest.FixtureRequest, peer: Peer, old: SigningKey, tmp_pat
 
 
 def status(gateway: Gateway, token: str) -> int:
+    """What the API route answers that token."""
     return requests.get(gateway.url, headers={"Authorization": f"Bearer {token}"}, timeout=5).status_code
 
 
@@ -297,5 +298,6 @@ def document(*uris: str) -> dict[str, Any]:
 
 
 def jwks_uris(file: Path) -> list[str]:
+    """Where that file lets Envoy fetch JWKS from."""
     providers = json.loads(file.read_text())["resources"][0]["typed_config"]["providers"]
     return [provider["remote_jwks"]["http_uri"]["uri"] for provider in providers.values()]

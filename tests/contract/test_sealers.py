@@ -55,6 +55,7 @@ class Party:
 
 
 def google_kms(request: pytest.FixtureRequest, folder: Path) -> Party:
+    """Google's client, and whoever may decrypt."""
     kms: Kms = request.getfixturevalue("kms_server")
     (folder / "token").write_text("kms-token-of-the-rotator")
     sealer = GoogleKmsSealer(kms.key, kms.endpoint, SecretRef("file", str(folder / "token")))
@@ -62,6 +63,7 @@ def google_kms(request: pytest.FixtureRequest, folder: Path) -> Party:
 
 
 def vault(request: pytest.FixtureRequest, folder: Path) -> Party:
+    """Vault, with a token that may encrypt, and root."""
     bao: Bao = request.getfixturevalue("bao")
     token = bao.encrypter()
     (folder / "token").write_text(token)
@@ -76,6 +78,7 @@ def vault(request: pytest.FixtureRequest, folder: Path) -> Party:
 
 
 def local(request: pytest.FixtureRequest, folder: Path) -> Party:
+    """A key file, and whoever reads it."""
     file = folder / "key"
 
     def opened(ciphertext: bytes, context: bytes) -> bytes:
@@ -89,6 +92,7 @@ PARTIES = {"google-kms": google_kms, "vault": vault, "local": local}
 
 @pytest.fixture(scope="module")
 def make_party(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Party]:
+    """Each party once, by its kind."""
     made: dict[str, Party] = {}
 
     def make(kind: str) -> Party:
@@ -101,11 +105,13 @@ def make_party(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", params=PARTIES)
 def party(request: pytest.FixtureRequest, make_party: Callable[[str], Party]) -> Party:
+    """Every party in turn."""
     return make_party(request.param)
 
 
 @pytest.fixture(scope="module")
 def sealed(party: Party) -> Sealed:
+    """Something that the party has sealed for HERE."""
     return party.sealer.seal(b"a private half", HERE)
 
 

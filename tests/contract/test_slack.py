@@ -24,16 +24,19 @@ LetsOut = Callable[..., list[str]]
 
 @pytest.fixture
 def bot(slack: Slack, secret: Callable[[str], SecretRef]) -> SlackAnnouncer:
+    """A bot of the inbox."""
     return SlackAnnouncer(secret(TOKEN), "#keys", slack.base_url)
 
 
 @pytest.fixture
 def webhook(slack: Slack, secret: Callable[[str], SecretRef]) -> SlackWebhook:
+    """A webhook of the inbox."""
     return SlackWebhook(secret(slack.webhook))
 
 
 @pytest.fixture(params=["bot", "webhook"])
 def announcer(request: pytest.FixtureRequest) -> Announcer:
+    """Either of them."""
     announcer: Announcer = request.getfixturevalue(request.param)
     return announcer
 

@@ -123,7 +123,7 @@ DEMOTED = NOW - 3 * DAY
 
 def clean(key: Key | None = None, found: Facts | None = None, policy: Policy | None = None, seen: Seen | None = None, made_for: datetime | None = None) -> Cleanup:
     key = key or a_key("old", "previous")
-    return may_clean_up(found or facts(key, a_key("new")), key, policy or a_policy(), seen or Seen(), made_for)
+    return may_clean_up(found or facts(key), key, policy or a_policy(), seen or Seen(), made_for)
 
 
 class TestCleanup:
