@@ -70,7 +70,7 @@ class Conductor:
             env=own | self._server_settings(home, database_url),
             ready=lambda: listening(port),  # uvicorn listens once the application has started
             ready_within=_SERVER_WITHIN,
-            stop_within=5,
+            stop_within=3,  # its truth is in PostgreSQL; while it starts, it heeds no signal
         )
         self.worker = _Worker(home, own | _FAST | self._run_settings(environments), self.api_url)
 

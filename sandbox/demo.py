@@ -39,7 +39,8 @@ class Signals:
     def __init__(self) -> None:
         self.caught, self.stopping = 0, False
         for number in _SIGNALS:
-            signal.signal(number, self._catch)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._catch)
         signal.setitimer(signal.ITIMER_REAL, _STORY_WITHIN)
 
     def _catch(self, number: int, _frame: object) -> None:

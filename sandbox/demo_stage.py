@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.emoji import Emoji
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.rule import Rule
@@ -113,12 +114,16 @@ class Stage:
     def event(self, sentence: str, mark: str = "", style: str = "", at: float | None = None) -> None:
         """Something that happened, with its time: now, or at this instant (of `time.time()`)."""
         stamp = f"T+{self.now if at is None else self.since(at):.1f} s"
-        text = Text(f"{mark} " if mark else "", style=style or "green").append(self.short(sentence), style=style or "default")
-        self._in_column(Text(f"{stamp:>{_STAMP_WIDTH}}", style="dim"), text)
+        self._row(Text(stamp, style="dim"), Text(mark, style=style or "green"), Text(self.short(sentence), style=style))
 
     def why(self, sentence: str) -> None:
         """The reason, below the event that it belongs to."""
-        self._in_column(Text(" " * _STAMP_WIDTH), Text(f"  {sentence}" if self._terminal else f"    {sentence}", style="dim"))
+        self._row(Text(), Text(), Text(sentence if self._terminal else f"  {sentence}", style="dim"))
+
+    def message(self, channel: str, text: str, *, reply: bool, at: float) -> None:
+        """A message as people saw it."""
+        said = Emoji.replace(text) if self._terminal else text
+        self.event(f"{channel}  {said}" if not reply else f"  ↳ {said}", at=at)
 
     def show(self, table: RenderableType) -> None:
         """A table or text of several lines."""
@@ -128,6 +133,7 @@ class Stage:
     def verdict(self, good: bool, sentence: str) -> None:
         """The last word."""
         self.drop()
+        self._gap()
         self._print(Text(sentence, style="bold green" if good else "bold red"))
 
     # ------------------------------------------------------------------------------------------------ what lives
@@ -151,11 +157,14 @@ class Stage:
         return said.partition(":")[0] != self._doing.partition(":")[0] or share - self._told_of_share > _PLAIN_SHARE
 
     def _footer(self) -> RenderableType:
-        grid = Table.grid(padding=(0, 1))
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(width=_STAMP_WIDTH, justify="right", no_wrap=True)
+        grid.add_column(width=1)
+        grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        grid.add_column(width=_BAR_WIDTH)
         if self._doing:
             bar = ProgressBar(total=1.0, completed=self._share, width=_BAR_WIDTH) if self._share is not None else Text()
-            self._spinner.update(text=Text(self._doing, overflow="ellipsis", no_wrap=True))
-            grid.add_row(Text(f"{f'T+{self.now:.1f} s':>{_STAMP_WIDTH}}", style="cyan"), self._spinner, bar)
+            grid.add_row(Text(f"T+{self.now:.1f} s", style="cyan"), self._spinner, Text(self._doing), bar)
         return Group(Text(), Rule(style="dim"), grid, self._traffic())
 
     def _traffic(self) -> RenderableType:
@@ -169,14 +178,15 @@ class Stage:
         signed = " · ".join(f"{self.short(kid)} {many}/s" for kid, many in (counters.by_kid or {}).items())
         return Group(line, Text(f"   signed by:  {signed}", style="dim"))
 
-    def _in_column(self, left: Text, right: Text) -> None:
+    def _row(self, stamp: Text, mark: Text, text: Text) -> None:
         if not self._terminal:
-            self._print(left.append("  ").append(right))
+            self._print(Text(f"{stamp.plain:>{_STAMP_WIDTH}}  {f'{mark} ' if mark else ''}{text}"))
             return
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=_STAMP_WIDTH, no_wrap=True)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=_STAMP_WIDTH, justify="right", no_wrap=True)
+        grid.add_column(width=1, no_wrap=True)
         grid.add_column()
-        grid.add_row(left, right)
+        grid.add_row(stamp, mark, text)
         self._print(grid)
 
     def _gap(self) -> None:

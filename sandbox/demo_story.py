@@ -20,7 +20,7 @@ from sandbox.settings import parse_duration
 from sandbox.traffic import Report, Traffic
 from sandbox.world import World
 
-# Hours become seconds, so that a whole life of a key fits. A token lives 20 s; its key stays for 25 s after the last one.
+# Hours become seconds, so that a whole life of a key fits. A token lives 20 s; its key is kept for 25 s after it stops to sign.
 SETTINGS: Mapping[str, str] = {"gateways.cache_time": "10s", "policy.token_lifetime": "20s", "policy.cleanup_after": "25s"}
 RATE = 90  # requests per second, both gateways together
 
@@ -40,6 +40,7 @@ WHY: Mapping[str, str] = {
     "close rotation": "What came of it is written down, and shown on the run's page.",
     "keep a standby": "Not wanted here. With policy.keep_standby a next key is published ahead, and a rotation need not wait.",
     "announce": "People read it in Slack. Were Slack down, the work would go on all the same.",
+    "publish the ledger's head": "The hash of the newest entry is kept outside the database, too: a ledger that was written anew would not match it.",
     "plan the cleanup": "Every old key is looked at: may it go now, and if not, until when is it kept?",
     "clean up": "Disabled: out of the JWKS, its private half erased. Too early, the database itself would refuse it.",
 }
@@ -71,6 +72,7 @@ class Story:
         self.runs: dict[str, Run] = {}
         self.shares: list[Share] = []
         self._shown: tuple[Key, ...] = ()
+        self._explained: set[str] = set()
 
     def tell(self, when_stopping: Callable[[], None]) -> Figures:
         """The story from beginning to end; nothing runs when it returns or raises."""
@@ -81,10 +83,12 @@ class Story:
             figures = self._measure()
         finally:
             when_stopping()
-            self.stage.busy("stopping everything")
             begun = self.stage.now
-            self._stop()
-            self.stage.busy("")
+            try:
+                self.stage.busy("everything is stopped")
+            finally:  # also when nobody is there any more to tell it to
+                self._stop()
+        self.stage.busy("")
         self.stage.event("everything is stopped", "✓")
         return replace(figures, left=self._left(), shares=[*self.shares, Share("everything stopped", self.stage.now - begun)])
 
@@ -123,8 +127,9 @@ class Story:
         already = log.stat().st_size if log.exists() else 0
 
         def follow() -> None:
-            told = 0
-            while not over.wait(_EVERY):
+            told, last = 0, False
+            while not last:
+                last = over.wait(_EVERY)
                 ready = parts_ready(log.read_bytes()[already:].decode(errors="replace")) if log.exists() else []
                 for part in ready[told:]:
                     self.stage.event(f"{part}: {PARTS[part]}" if part in PARTS else part, "✓")
@@ -217,7 +222,8 @@ class Story:
         well = step.state == "COMPLETED"
         news = f": {added}" if (added := news_of(step.message, said)) else ""
         self.stage.event(f"{step.name}, {step.seconds:.1f} s{news}", "✓" if well else "✗", "" if well else "red", at=step.ended_at)
-        if well and step.name in WHY:
+        if well and step.name in WHY and step.name not in self._explained:
+            self._explained.add(step.name)
             self.stage.why(WHY[step.name])
         self.show_keys(step.ended_at)
 
@@ -239,7 +245,7 @@ class Story:
 _INTRODUCTION = (
     "An identity service signs tokens; gateways (two real Envoys) check them with a copy of its public keys, the JWKS. "
     "Now the key that signs is replaced, while clients go on working. The one thing that must never happen: "
-    "a valid token is rejected. Hours are seconds here: a gateway's copy lives 10 s, a token 20 s, and an old key stays 25 s after its last token."
+    "a valid token is rejected. Hours are seconds here: a gateway's copy lives 10 s, a token 20 s, and an old key is kept for 25 s after it stops to sign."
 )
 
 
@@ -272,7 +278,7 @@ def the_cleanup(story: Story) -> None:
 def what_people_saw(story: Story) -> None:
     story.stage.chapter("What people saw in Slack", "A rotation is one thread: its beginning, and its end as a reply.")
     for message in story.eyes.messages():
-        story.stage.event(f"{message['channel']}  {message['text']}", "  ↳" if message["thread_ts"] else "#", "default", at=float(message["ts"]))
+        story.stage.message(message["channel"], message["text"], reply=bool(message["thread_ts"]), at=float(message["ts"]))
 
 
 def what_the_ledger_says(story: Story) -> None:
@@ -319,8 +325,8 @@ def _pass_the_time(story: Story, until: float, doing: str) -> None:
 
 def news_of(message: str, said: Iterable[str]) -> str:
     """What a step's sentence adds to those before it: some hand theirs on, and add to it."""
-    known = max((earlier for earlier in said if earlier and message.startswith(earlier)), key=len, default="")
-    return message.removeprefix(known).lstrip("; ")
+    known = max((earlier for earlier in said if earlier and f"{message}; ".startswith(f"{earlier}; ")), key=len, default="")
+    return message.removeprefix(known).removeprefix("; ")
 
 
 def parts_ready(log: str) -> list[str]:

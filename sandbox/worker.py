@@ -26,12 +26,12 @@ _BESIDE: ForkContext | SpawnContext = get_context("fork") if ON_LINUX else get_c
 
 def main() -> int:
     """Runs until SIGINT or SIGTERM."""
-    # Prefect's worker ends in order on SIGINT only.
+    # A daemon: told to end while it still waits for the server, this process takes it along.
+    deployments = _BESIDE.Process(target=deploy, daemon=True)
+    deployments.start()
+    # Prefect's worker ends in order on SIGINT only. After the fork, which keeps its own ways.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with contextlib.suppress(KeyboardInterrupt):
-        # A daemon: told to end while it still waits for the server, this process takes it along.
-        deployments = _BESIDE.Process(target=deploy, daemon=True)
-        deployments.start()
         deployments.join()
         if deployments.exitcode:
             return 1

@@ -37,8 +37,8 @@ TEMPLATE = "keyrotation_template"
 SERVICES = {"rotator": ROTATOR, "cleaner": CLEANER, "auditor": AUDITOR, "reader": READER, "identity_admin": IDENTITY_ADMIN}
 ROLES = {"superuser": SUPERUSER, "owner": OWNER, **SERVICES}
 LEASE = timedelta(seconds=60)
-# PostgreSQL may crash under these tests, the machine may not: files need not be forced to the disk.
-UNSAFE_AND_FAST = ("fsync", "synchronous_commit", "full_page_writes")
+# PostgreSQL may crash under these tests, the machine may not: files need not be forced to the disk. A password need not resist a search.
+UNSAFE_AND_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "scram_iterations": "1"}
 
 
 class Database:
@@ -178,11 +178,12 @@ EVERYTHING = """
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """A PostgreSQL with the template database."""
-    server = Postgres(tmp_path_factory.mktemp("postgres"), free_port(), secrets.token_urlsafe(12))
+    password = secrets.token_urlsafe(12)
+    server = Postgres(tmp_path_factory.mktemp("postgres"), free_port(), password)
     server.start()
     try:
-        administer(server, "postgres", *(f"ALTER SYSTEM SET {name} = off" for name in UNSAFE_AND_FAST), "SELECT pg_reload_conf()")
-        administer(server, "postgres", f"CREATE DATABASE {TEMPLATE}")
+        administer(server, "postgres", *(f"ALTER SYSTEM SET {name} = {value}" for name, value in UNSAFE_AND_FAST.items()), "SELECT pg_reload_conf()")
+        administer(server, "postgres", f"ALTER ROLE {SUPERUSER} PASSWORD '{password}'", f"CREATE DATABASE {TEMPLATE}")
         administer(server, TEMPLATE, *((SQL / script).read_text() for script in SCRIPTS))
         administer(server, TEMPLATE, *(f"ALTER ROLE {ROLES[role]} PASSWORD '{PASSWORD}'" for role in ROLES if role != "superuser"))
         administer(server, TEMPLATE, f"INSERT INTO key_rotation.environment (name) VALUES ('{ENVIRONMENT}')")

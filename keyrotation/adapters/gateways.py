@@ -5,6 +5,7 @@ What a gateway's answer means for a key is the domain's (propagation); here is o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,6 +16,7 @@ from keyrotation.domain.propagation import Observation, classify
 from keyrotation.ports import Dated
 
 REASON_LENGTH = 80
+QUOTED_TOKEN = re.compile(r"[\w.~+/=-]{40,}")
 
 
 class HttpGateways:
@@ -66,7 +68,11 @@ def _ask(name: str, ask: Callable[[], Answer]) -> Observation:
         return Observation(name, Shown.UNPROVEN, str(error))
     except WorldError:
         return Observation(name, Shown.UNPROVEN, "does not answer")
-    # Envoy and most others give the reason as a short text. It never quotes the token; it is cut all the same.
-    reason = answer.body[:REASON_LENGTH].decode("utf-8", "replace").strip().splitlines()[:1]
-    said = f"HTTP {answer.status}" + (f" ({reason[0]})" if reason and answer.status != 200 else "")
+    said = f"HTTP {answer.status}" + (f" ({reason})" if (reason := _reason(answer.body)) and answer.status != 200 else "")
     return Observation(name, classify(answer.status, said), said)
+
+
+def _reason(body: bytes) -> str:
+    """Envoy and most others give the reason as a short text. One that quotes the token, or sends more than a line of text, is cut: it goes into the ledger."""
+    lines = body[:4096].decode("utf-8", "replace").strip().splitlines() or [""]
+    return "".join(letter if letter.isprintable() else " " for letter in QUOTED_TOKEN.sub("…", lines[0]))[:REASON_LENGTH].strip()

@@ -26,9 +26,9 @@ BUDGET = 10.0  # seconds for a seal, retries and discarded answers included
 ATTEMPTS_IN_BUDGET = 3  # so many attempts fit in even where each is waited for to its end
 ANSWERS = 3  # a line that flips bits twice may be an accident, thrice is not
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")  # tried again within the budget
-PASSING = ("INTERNAL", "ABORTED")                                       # not within it, but another run may succeed
+PASSING = ("INTERNAL", "ABORTED")  # not within it, but another run may succeed
 WORDS: dict[str, tuple[type[WorldError], str]] = {
-    "PERMISSION_DENIED": (Denied, "denies encryption with {key}: grant roles/cloudkms.cryptoKeyEncrypter on it to this process's account (or there is no such key)"),
+    "PERMISSION_DENIED": (Denied, "denies encryption with {key}: grant roles/cloudkms.cryptoKeyEncrypter on it to this account (or there is no such key)"),
     "UNAUTHENTICATED": (Denied, "does not know the caller: renew {caller}"),
     "NOT_FOUND": (WorldError, "has no key {key}: check sealer.key, or create the key"),
     "FAILED_PRECONDITION": (WorldError, "finds the primary version of {key} disabled or destroyed: enable it, or make another version the primary one"),

@@ -99,7 +99,12 @@ class Prefect:
     def answer(self, path: str, headers: Any) -> tuple[int, bytes]:
         if self.missing and self.missing in path:
             return 404, b"{}"
-        for part, value in (("/api/deployments/name/", self.deployment), ("/api/work_pools/", self.pool), ("/api/health", True), ("/api/admin/version", "3.8.8")):
+        for part, value in (
+            ("/api/deployments/name/", self.deployment),
+            ("/api/work_pools/", self.pool),
+            ("/api/health", True),
+            ("/api/admin/version", "3.8.8"),
+        ):
             if path.startswith(part):
                 return self.status, json.dumps(value).encode()
         return 404, b"{}"

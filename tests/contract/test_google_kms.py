@@ -49,8 +49,8 @@ def test_f12_a_short_outage_is_survived(status: str, kms: Kms, make_sealer: Make
 
 def test_f12_a_silent_call_is_given_up_and_tried_again(kms: Kms, make_sealer: Make) -> None:
     """An attempt has a deadline of its own: one that hangs does not eat the budget of the next."""
-    kms.meets(delay=2, times=1)
-    make_sealer(budget=1.5).seal(PLAINTEXT, CONTEXT)
+    kms.meets(delay=5, times=1)
+    make_sealer(budget=3.0).seal(PLAINTEXT, CONTEXT)
     assert kms.attempts == 2
 
 

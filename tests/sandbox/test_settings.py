@@ -10,7 +10,8 @@ from sandbox.settings import KNOWN, SettingError, Settings, as_toml, parse_durat
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("500ms", 0.5), ("0s", 0), ("1.5s", 1.5), ("15m", 900), ("48h", 172_800), ("7d", 604_800)]
+    ("text", "seconds"),
+    [("500ms", 0.5), ("0s", 0), ("1.5s", 1.5), ("15m", 900), ("48h", 172_800), ("7d", 604_800)],
 )
 def test_a_duration_is_a_number_with_a_unit(text: str, seconds: float) -> None:
     """Every unit of the environment file is understood, fractions too."""
@@ -70,12 +71,12 @@ def test_every_setting_of_the_contract_is_known() -> None:
     contract = """
         authority identity.url identity.jwks_url identity.token_url identity.issuer identity.admin_token
         identity.client_id identity.client_secret identity.scope identity.key_cache identity.shared_cache
-        identity.max_age_limit identity.refresh database.url database.cleaner_url database.auditor_url sealer.kind sealer.key sealer.endpoint
-        gateways.urls gateways.probe_path gateways.cache_time gateways.workers gateways.canary_shortens_wait
-        gateways.refresh policy.cleanup policy.cleanup_after policy.token_lifetime policy.clock_skew policy.rotate_every
-        policy.max_key_age policy.keep_standby policy.watch_after_emergency slack.token slack.channel slack.base_url
-        prefect.api_url audit.head_file tombstones.path metrics.prometheus_url metrics.queries
-        sandbox.identity_replicas sandbox.jwks_max_age
+        identity.max_age_limit identity.refresh database.url database.cleaner_url database.auditor_url sealer.kind
+        sealer.key sealer.endpoint gateways.urls gateways.probe_path gateways.cache_time gateways.workers
+        gateways.canary_shortens_wait gateways.refresh policy.cleanup policy.cleanup_after policy.token_lifetime
+        policy.clock_skew policy.rotate_every policy.max_key_age policy.keep_standby policy.watch_after_emergency
+        slack.token slack.channel slack.base_url prefect.api_url audit.head_file tombstones.path
+        metrics.prometheus_url metrics.queries sandbox.identity_replicas sandbox.jwks_max_age
     """
     assert set(contract.split()) <= KNOWN
 
