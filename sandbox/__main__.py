@@ -8,6 +8,7 @@ in `sandbox.demo`.
 """
 
 import argparse
+import signal
 import sys
 import threading
 import time
@@ -32,9 +33,7 @@ class Progress:
 
     def __init__(self, console: Console) -> None:
         self._console, self._begun = console, time.monotonic()
-        self._live = (
-            Live(get_renderable=self._table, console=console, refresh_per_second=8) if console.is_terminal else None
-        )
+        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=8) if console.is_terminal else None
         self._steps: dict[str, float | None] = {}
         self._spinner, self._lock = Spinner("dots"), threading.Lock()
 
@@ -75,7 +74,10 @@ class Progress:
 
 def main() -> int:
     arguments = _parser().parse_args()
-    answer: int = arguments.command(arguments)
+    try:
+        answer: int = arguments.command(arguments)
+    except KeyboardInterrupt:  # before a command has begun to listen for it
+        return 128 + signal.SIGINT
     return answer
 
 
@@ -101,22 +103,16 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sandbox", description="A small real world to rotate signing keys in."
-    )
+    parser = argparse.ArgumentParser(prog="python -m sandbox", description="A small real world to rotate signing keys in.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     up = commands.add_parser("up", help="starts it; runs until Ctrl-C")
     up.set_defaults(command=_up)
     up.add_argument("--home", type=Path, required=True, help="the folder that keeps everything")
-    up.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as gateways.cache_time=2s"
-    )
+    up.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as gateways.cache_time=2s")
     up.add_argument("--no-bootstrap", dest="bootstrap", action="store_false", help="without a first key")
     demo = commands.add_parser("demo", help="shows a rotation under live traffic, in about two minutes, and ends")
     demo.set_defaults(command=_demo)
-    demo.add_argument(
-        "--home", type=Path, help="keeps everything there; by default a folder that is removed in the end"
-    )
+    demo.add_argument("--home", type=Path, help="keeps everything there; by default a folder that is removed in the end")
     return parser
 
 

@@ -85,7 +85,7 @@ def _folder(home: Path | None, signals: Signals) -> Iterator[Path]:
 def _conclude(stage: Stage, figures: Figures, signals: Signals) -> int:
     stage.chapter("The report", "Counted by the clients themselves, and looked up once more in the end.")
     stage.show(demo_report.figures_table(figures))
-    stage.show("Where the time went")
+    stage.show(f"Where the time went, {stage.now:.0f} s in all")
     stage.show(demo_report.time_table(figures.shares))
     if signals.caught:
         return _interrupted(stage, signals)

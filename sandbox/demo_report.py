@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -153,7 +152,7 @@ def time_table(shares: Sequence[Share]) -> Table:
     table.add_column(justify="right", no_wrap=True)
     for share in shares:
         if share.seconds >= _WORTH_SHOWING:
-            bar = ProgressBar(total=total, completed=share.seconds, width=_BAR_WIDTH, complete_style="dim cyan" if share.inner else "cyan", style="black")
+            bar = Text("━" * round(_BAR_WIDTH * share.seconds / total), style="dim cyan" if share.inner else "cyan")
             table.add_row(Text(f"{'  ' if share.inner else ''}{share.what}", style="dim" if share.inner else ""), f"{share.seconds:.1f} s", bar)
     return _indented(table)
 

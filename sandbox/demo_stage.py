@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -89,6 +89,10 @@ class Stage:
         """Seconds from the beginning to this instant (of `time.time()`)."""
         return instant - self._begun_at
 
+    def hour(self, instant: float) -> str:
+        """An instant as sentences show it."""
+        return f"T+{int(instant) - self._begun_at:.0f} s"  # whole seconds, as the product's own sentences have them
+
     def call(self, name: str, short: str) -> None:
         """From now on, sentences say `short` instead of this kid or address."""
         self._names[name] = short
@@ -97,7 +101,7 @@ class Stage:
         """The sentence with short names, and with instants as seconds of this demo."""
         for name, short in self._names.items():
             sentence = sentence.replace(name, short)
-        return _INSTANT.sub(lambda found: self._as_seconds(*found.groups()), sentence)
+        return _INSTANT.sub(lambda found: self.hour(datetime.fromisoformat(f"{found[1]}T{found[2]}+00:00").timestamp()), sentence)
 
     # ------------------------------------------------------------------------------------------------ what stays
 
@@ -149,22 +153,24 @@ class Stage:
     def count(self, counters: Counters) -> None:
         """The traffic's counters, shown all the time; outside a terminal every ten seconds."""
         self._counters = counters
-        if not self._terminal and self.now - self._told_of_traffic > _PLAIN_EVERY:
+        if not self._terminal and counters.sent and self.now - self._told_of_traffic > _PLAIN_EVERY:
             self._told_of_traffic = self.now
             self.event(f"traffic: {counters.words}")
 
     def _is_news(self, said: str, share: float) -> bool:
-        return said.partition(":")[0] != self._doing.partition(":")[0] or share - self._told_of_share > _PLAIN_SHARE
+        if said.partition(":")[0] != self._doing.partition(":")[0]:
+            return True
+        return said != self._doing and share - self._told_of_share > _PLAIN_SHARE
 
     def _footer(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(width=_STAMP_WIDTH, justify="right", no_wrap=True)
         grid.add_column(width=1)
         grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        grid.add_column(width=_BAR_WIDTH)
         if self._doing:
-            bar = ProgressBar(total=1.0, completed=self._share, width=_BAR_WIDTH) if self._share is not None else Text()
-            grid.add_row(Text(f"T+{self.now:.1f} s", style="cyan"), self._spinner, Text(self._doing), bar)
+            share = self._share
+            bar = [] if share is None else [ProgressBar(total=1.0, completed=share, width=_BAR_WIDTH, complete_style="cyan", finished_style="green")]
+            grid.add_row(Text(f"T+{self.now:.1f} s", style="cyan"), self._spinner, Text(self._doing), *bar)
         return Group(Text(), Rule(style="dim"), grid, self._traffic())
 
     def _traffic(self) -> RenderableType:
@@ -204,9 +210,6 @@ class Stage:
             with self._console.capture() as drawn:
                 self._console.print(what)
             self._console.out("\n".join(line.rstrip() for line in drawn.get().splitlines()))
-
-    def _as_seconds(self, day: str | None, hour: str | None) -> str:
-        return f"T+{self.since(datetime.fromisoformat(f'{day}T{hour}').replace(tzinfo=UTC).timestamp()):.0f} s"
 
 
 def console_for(out: TextIO, terminal: bool) -> Console:

@@ -85,7 +85,7 @@ class Story:
             when_stopping()
             begun = self.stage.now
             try:
-                self.stage.busy("everything is stopped")
+                self.stage.busy("everything is being stopped")
             finally:  # also when nobody is there any more to tell it to
                 self._stop()
         self.stage.busy("")
@@ -268,7 +268,7 @@ def the_cleanup(story: Story) -> None:
     old = next(key.kid for key in story.before if key.status == "current")
     run_id = _scheduled_cleanup(story, old)
     due_at = story.eyes.run(run_id).due_at or time.time()
-    hour = f"T+{story.stage.since(due_at):.0f} s"
+    hour = story.stage.hour(due_at)
     story.stage.chapter("The cleanup", f"A flow run of its own, made ahead by the rotation, for {hour}: then no token of {old[:KID_SHOWN]} lives any more.")
     _pass_the_time(story, due_at, f"the old key is kept until {hour}, while its last tokens are used")
     story.shares.append(Share("the old key is kept for its tokens", due_at - (story.runs["rotation"].ended_at or due_at)))
@@ -287,9 +287,12 @@ def what_the_ledger_says(story: Story) -> None:
 
 
 def what_comes_after(story: Story) -> None:
-    story.stage.chapter("What comes after", "The gateways forget the old key, too, within their cache time. The traffic goes on: nobody notices.")
-    cleaned_at = story.runs["cleanup"].ended_at or time.time()
+    story.stage.chapter(
+        "What comes after", "The gateways drop the old key, too, as they fetch the JWKS anew within their cache time. The traffic goes on meanwhile."
+    )
+    begun, cleaned_at = time.time(), story.runs["cleanup"].ended_at or time.time()
     _pass_the_time(story, cleaned_at + parse_duration(SETTINGS["gateways.cache_time"]) + 1, "the gateways forget the old key")
+    story.shares.append(Share("the traffic goes on", time.time() - begun))
 
 
 CHAPTERS: tuple[Callable[[Story], None], ...] = (

@@ -20,6 +20,7 @@ from keyrotation.ports import Dated, Published, Token
 from keyrotation.secrets import SecretRef
 
 KEY_BEARING_HEADERS = ("jku", "jwk", "x5u", "x5c", "crit")
+COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")      # RFC 7515, 7.1; PyJWT lets padding pass
 LONGEST_AGE = 2**31      # seconds, the largest number that a cache need understand (RFC 9111, 1.2.2)
 
 
@@ -68,6 +69,8 @@ class HttpIdentity:
 def verify(raw: str, jwks: Jwks, issuer: str) -> None:
     """Our whole verifier, apart from expiry. Raises BadAnswer with the first thing that is wrong."""
     try:
+        if not COMPACT.fullmatch(raw):
+            raise BadAnswer("a token is not three parts in base64url")
         header = jwt.get_unverified_header(raw)
         kid = str(header.get("kid"))
         if header.get("alg") != "ES256" or any(name in header for name in KEY_BEARING_HEADERS):

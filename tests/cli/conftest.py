@@ -23,8 +23,8 @@ import requests
 from keyrotation import wiring
 from keyrotation.cli import main
 from keyrotation.domain.decision import Request, Rotation
-from keyrotation.ports import Environment, Gate
 from keyrotation.domain.policy import ZERO
+from keyrotation.ports import Environment, Gate
 from keyrotation.steps import generate, promote
 from keyrotation.steps.rotations import close_rotation, confirm
 from sandbox import identity, kms, slack
@@ -163,7 +163,10 @@ class Shell:
         before = self.database.everything()
         ended, out, err = self.run(*arguments)
         assert ended == status, out + err
-        assert out == "" and err.startswith("keyrotation") and err.count("\n") == 1 and "Traceback" not in err
+        assert out == ""
+        assert err.startswith("keyrotation")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
         assert self.database.everything() == before
         return err
 
@@ -204,6 +207,7 @@ class Shell:
 
 @pytest.fixture(scope="session")
 def kms_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A KMS emulator with one key, for all tests."""
     home, port = tmp_path_factory.mktemp("kms") / "home", free_port()
     home.mkdir()
     (home / "principals.json").write_text(json.dumps({ENCRYPTER: ["encrypt"], DECRYPTER: ["decrypt"]}))
@@ -251,9 +255,10 @@ def world(shell: Shell, kms_endpoint: str, tmp_path: Path) -> Iterator[World]:
     """A key signs, the identity service serves it, two gateways verify by it."""
     port, faults = free_port(), tmp_path / "faults.json"
     url = f"http://127.0.0.1:{port}"
-    service = identity.Server(identity.Config(
+    config = identity.Config(
         port=port, database_url=shell.database.url("reader"), kms_endpoint=kms_endpoint, kms_key=KEY, kms_token=DECRYPTER, environment=NAME, issuer=ISSUER,
-        audience=API, client_id="the-client", client_secret=CLIENT_SECRET, admin_token="admin-token-of-the-tests", token_lifetime=30), identity.Faults(faults))  # fmt: skip
+        audience=API, client_id="the-client", client_secret=CLIENT_SECRET, admin_token="admin-token-of-the-tests", token_lifetime=30)  # fmt: skip
+    service = identity.Server(config, identity.Faults(faults))
     threading.Thread(target=service.serve_forever, args=(0.01,), daemon=True).start()
     inbox = slack.Server(0, Path(shell.secret("slack_token", SLACK_TOKEN).removeprefix("file:")), [])
     threading.Thread(target=inbox.serve_forever, args=(0.01,), daemon=True).start()

@@ -46,6 +46,7 @@ def as_written(default: str) -> Any:
 
 
 def as_meant(value: Any) -> Any:
+    """The model's default as TOML would give it."""
     return list(value) if isinstance(value, tuple) else value
 
 

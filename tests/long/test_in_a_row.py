@@ -45,7 +45,7 @@ def test_i11_ten_rotations_in_a_row_under_traffic_reject_no_valid_token(tmp_path
         changes = every_change(facts["owner_database_url"])
         assert changes["generated"] == changes["promoted"] == rotations + 1
         assert changes["demoted"] == rotations
-        audit = subprocess.run([sys.executable, "-m", "keyrotation.cli", "audit", "sandbox"], env=world.environment, capture_output=True, text=True, check=False)
+        audit = subprocess.run([Path(sys.executable).with_name("keyrotation"), "audit", "sandbox"], env=world.environment, capture_output=True, text=True, check=False)
         assert audit.returncode == 0, audit.stdout + audit.stderr
         if authority == "api":
             log = (world.home / "logs" / "identity.log").read_text()
