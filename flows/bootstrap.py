@@ -20,6 +20,7 @@ def bootstrap_signing_keys(environment: str = "development") -> State[Any]:
 
     Args:
         environment: Whose key (the name of its file in deployments/environments).
+
     """
     opened = open_bootstrap(environment)
     bootstrap = opened.rotation

@@ -22,6 +22,7 @@ def cleanup_old_keys(environment: str = "development", kid: str | None = None, d
         environment: Whose keys (the name of its file in deployments/environments).
         kid: One key only. Empty: every old key whose time has come.
         demoted_at: Set by the rotation that scheduled this run: if the key was promoted again since, nothing is done.
+
     """
     plans = plan_cleanup(environment, kid or None, demoted_at)
     done = [clean_up(environment, plan) for plan in plans]

@@ -24,6 +24,7 @@ def rotate_signing_keys(environment: str = "development", only_if_due: bool = Fa
         environment: Whose key (the name of its file in deployments/environments).
         only_if_due: Rotate only if the key is old enough for its schedule. Schedules set it; a person who runs this wants the rotation.
         dry_run: Show what would be done, and change nothing.
+
     """
     plan = show_plan(environment, only_if_due)
     if dry_run or not plan.acts:

@@ -53,7 +53,7 @@ def _positive(value: object) -> timedelta:
 
 def _secret(value: object) -> SecretRef:
     if not isinstance(value, str):
-        raise ValueError('a secret is a reference in quotes: "env:NAME", "file:/path" or "prefect:block-name"')
+        raise ValueError('a secret is a reference in quotes: "env:NAME", "file:/path" or "prefect:block-name"')  # noqa: TRY004  pydantic turns ValueErrors into answers
     return SecretRef.parse(value)
 
 

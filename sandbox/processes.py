@@ -342,10 +342,10 @@ def _can_bind(port: int) -> bool:
 
 def _launch() -> None:
     """The launcher's whole program (see `launched`): it knows nothing of this module, and ends as the command."""
-    import ctypes  # noqa: PLC0415 - the source of this function runs by itself
-    import json  # noqa: PLC0415
-    import os  # noqa: PLC0415
-    import sys  # noqa: PLC0415
+    import ctypes
+    import json
+    import os
+    import sys
 
     order, *command = json.loads(sys.argv[1]), *sys.argv[2:]
     libc = ctypes.CDLL(None, use_errno=True)

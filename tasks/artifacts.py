@@ -64,6 +64,7 @@ class Bar:
             self._show(100.0, self._description)
 
     def __call__(self, share: float, text: str) -> None:
+        """How far it has come: a share between 0 and 1, and words."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, description=text)
         if FlowRunContext.get() is None or time.monotonic() - self._updated < SECONDS_BETWEEN_UPDATES:

@@ -1,6 +1,6 @@
 """The shell: `keyrotation COMMAND ENVIRONMENT [options]`. Exit 0 only if all is well, 1 if not, 2 for a usage or settings error.
 
-Owns: the commands and their options, how an error becomes one sentence. Leaves to others: what is looked at (cli.looking) and changed
+Owns: the commands and their options, how an error becomes one sentence. Leaves to others: what is looked at (cli.looking, cli.auditing) and changed
 (cli.changing), how it is shown (cli.report). Nothing heavy is imported before a command is known.
 """
 
@@ -87,7 +87,7 @@ def _parser() -> _Parser:
     history = _add(commands, "history", "the rotations, newest first", "looking:history")
     history.add_argument("--limit", type=_count, default=ENTRIES_SHOWN, metavar="N", help=f"so many rotations (default {ENTRIES_SHOWN})")
     history.add_argument("--keys", action="store_true", help="all keys with their instants, instead of the rotations")
-    _add(commands, "audit", "verifies the ledger from its first entry to its last", "looking:audit")
+    _add(commands, "audit", "verifies the ledger from its first entry to its last", "auditing:audit")
     _add(commands, "doctor", "checks every outside system, with the next thing to do", "looking:doctor")
 
     hold = _add(commands, "hold", "keeps scheduled rotations and cleanups back; an emergency ignores it", "changing:hold")

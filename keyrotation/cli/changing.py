@@ -12,6 +12,7 @@ from keyrotation.domain.decision import Request
 from keyrotation.domain.policy import show_instant
 from keyrotation.ports import Environment
 from keyrotation.steps import republish as republishing
+from keyrotation.steps.announce import publish_head
 
 
 def _me() -> str:
@@ -63,6 +64,7 @@ def republish(arguments: argparse.Namespace) -> Report:
     """Brings a key back into the JWKS that was cleaned up too early."""
     env = wiring.connect(arguments.environment)
     happened = republishing.republish(env, arguments.kid, Request(_me(), reason=f"republish {arguments.kid}, asked for by a person"))
+    publish_head(env)
     key = env.keys.look().ring.find(arguments.kid)
     data = {"environment": env.name, "kid": key.kid, "status": key.status, "message": happened.message, **happened.evidence}
     return Report(data, [f"{happened.message[0].upper()}{happened.message[1:]}."])

@@ -1,10 +1,10 @@
-"""The commands that look and change nothing: plan, status, history, audit, doctor."""
+"""The commands that look and change nothing: plan, status, history, doctor."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Protocol, cast
 
@@ -12,13 +12,11 @@ from keyrotation import wiring
 from keyrotation.cli.report import Report, Table, busy, instant, since
 from keyrotation.domain.decision import Action, Facts, Request, Rotation
 from keyrotation.domain.keys import Key, Status
-from keyrotation.domain.ledger import GENESIS, Entry, broken_links
 from keyrotation.domain.policy import Policy, Sum, show, show_instant
 from keyrotation.ports import Environment
 from keyrotation.settings import load, require_named
 from keyrotation.steps import plan as planning
 
-BROKEN = "from the first problem on the ledger proves nothing: compare it with a backup, and with what was kept of its head elsewhere"
 NOTHING_WAS_CHANGED = "Nothing was changed."
 SINCE_LAST = 20  # rotations among which the last one that promoted is looked for
 INSTANTS = ("created_at", "published_at", "accepted_at", "promoted_at", "demoted_at", "retain_until", "disabled_at")
@@ -224,60 +222,6 @@ def _key_table(key: Key) -> Table:
     ]
     notes = [key.disabled_reason or "", key.cleanup_hold or "", "never signs again" if key.never_promote and key.status is not Status.DISABLED else ""]
     return Table([*rows, *(("note", note) for note in notes if note)], f"{key.kid}  {'compromised' if key.compromised else key.status}")
-
-
-# ---- audit
-
-
-@dataclass
-class _Walk:
-    """Passes the entries on, one at a time, and keeps what is asked about all of them."""
-
-    head: tuple[int, str]
-    count: int = 0
-    first: Entry | None = None
-    last: Entry | None = None
-    hash_at_head: str = GENESIS
-
-    def along(self, entries: Iterator[Entry]) -> Iterator[Entry]:
-        for entry in entries:
-            self.count, self.first, self.last = self.count + 1, self.first or entry, entry
-            if entry.seq == self.head[0]:
-                self.hash_at_head = entry.hash
-            yield entry
-
-    def problems_at_the_end(self, head_after: tuple[int, str]) -> list[str]:
-        """The head was read before the entries and again after them: the chain must hold the first, and end at the second or before."""
-        seq, ended = self.last.seq if self.last else 0, self.last.hash if self.last else GENESIS
-        if seq < self.head[0]:
-            return [f"entries {seq + 1} to {self.head[0]} are missing at the end: the head names entry {self.head[0]}"]
-        if self.hash_at_head != self.head[1]:
-            return [f"the head does not match entry {self.head[0]}: one of the two was exchanged"]
-        if seq > head_after[0] or (seq == head_after[0] and ended != head_after[1]):
-            return [f"the head names entry {head_after[0]}, the ledger ends with {seq}: the head was set back, or entries were added past it"]
-        return []
-
-
-def audit(arguments: argparse.Namespace) -> Report:
-    """The hash chain from the first entry to the head."""
-    env = for_reading(arguments.environment)
-    walk = _Walk(env.records.head())
-    problems = broken_links(walk.along(env.records.entries()))
-    problems += walk.problems_at_the_end(env.records.head())
-    first, last = walk.first.at if walk.first else None, walk.last.at if walk.last else None
-    data = {
-        "environment": env.name,
-        "whole": not problems,
-        "entries": walk.count,
-        "first_at": first,
-        "last_at": last,
-        "head": {"seq": walk.head[0], "hash": walk.head[1]},
-        "problems": problems,
-    }
-    rows = [("entries", str(walk.count)), ("first", first or "none"), ("last", last or "none"), ("head", f"{walk.head[0]}  {walk.head[1]}")]
-    rows += [("warning", problem) for problem in problems]
-    rows.append(("not ok", BROKEN) if problems else ("ok", "every entry follows the one before it, and none was edited"))
-    return Report(data, [Table(rows, f"Ledger of {env.name}")], well=not problems)
 
 
 # ---- doctor

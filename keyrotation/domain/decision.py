@@ -7,7 +7,7 @@ The order of the checks is the order of their weight: a hold before due, an emer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 
 from keyrotation.domain.keys import Key, KeyRing, Status

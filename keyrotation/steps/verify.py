@@ -25,11 +25,11 @@ POLL = 0.5                # seconds between two looks
 PATIENCE = 10.0           # seconds for an endpoint to come back, a gateway to answer
 
 
-class _NotYet(Exception):  # noqa: N818  a state of the world, no failure
+class _NotYet(Exception):
     """Looks wrong, and may be right in a moment."""
 
 
-class _Wrong(Exception):  # noqa: N818
+class _Wrong(Exception):
     """The key itself does not work."""
 
 

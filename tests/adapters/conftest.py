@@ -52,7 +52,7 @@ class Peer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)        # HTTPServer's own asks the name service for our name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks the name service for our name
         self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
 
     @property
@@ -93,7 +93,8 @@ class Handler(BaseHTTPRequestHandler):
         elif not reply.cut:
             self._send(reply)
 
-    do_POST = do_GET
+    def do_POST(self) -> None:
+        self.do_GET()
 
     def _send(self, reply: Reply) -> None:
         self.send_response_only(reply.status)

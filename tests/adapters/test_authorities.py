@@ -29,12 +29,12 @@ from keyrotation.adapters.google_kms import GoogleKmsSealer
 from keyrotation.domain.decision import Request, Rotation
 from keyrotation.domain.errors import BadAnswer, Denied, KeyRotationError, Refused, Superseded, Unreachable, WorldError
 from keyrotation.domain.jwks import thumbprint
-from keyrotation.domain.keys import Status
 from keyrotation.domain.propagation import probes_needed
 from keyrotation.ports import Authority, Gate, NewKey, Sealed
 from keyrotation.secrets import SecretRef
 from sandbox import identity, kms
 from sandbox.processes import free_port
+from tests.domain.made import NOW
 
 if TYPE_CHECKING:
     from tests.adapters.conftest import Asked, Peer, Reply
@@ -105,9 +105,19 @@ class Service:
         self._faults = folder / "faults.json"
         self.environment = str(database.value("owner", "SELECT name FROM key_rotation.environment"))
         config = identity.Config(
-            port=free_port(), database_url=database.url("identity_admin"), kms_endpoint=kms_endpoint, kms_key=KMS_KEY, kms_token=SERVICES_TOKEN,
-            environment=self.environment, issuer="https://identity.test", audience="api", client_id="client", client_secret="client-secret",
-            admin_token=ADMIN_TOKEN, authority="api")
+            port=free_port(),
+            database_url=database.url("identity_admin"),
+            kms_endpoint=kms_endpoint,
+            kms_key=KMS_KEY,
+            kms_token=SERVICES_TOKEN,
+            environment=self.environment,
+            issuer="https://identity.test",
+            audience="api",
+            client_id="client",
+            client_secret="client-secret",
+            admin_token=ADMIN_TOKEN,
+            authority="api",
+        )
         self._server = identity.Server(config, identity.Faults(self._faults))
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self._url = f"http://127.0.0.1:{config.port}"
@@ -117,6 +127,7 @@ class Service:
     def hand_on(self, asked: Asked) -> Reply:
         """What the service answers; it hangs up where the service does."""
         from tests.adapters.conftest import Reply
+
         try:
             headers = {name: value for name, value in asked.headers.items() if name in ("Authorization", "Idempotency-Key")}
             answer = requests.post(f"{self._url}{asked.path}", headers=headers, timeout=10, allow_redirects=False)
@@ -286,8 +297,18 @@ class TestApi:
         assert api.posts == ["rotate", "promote"]
         assert api.store.rotation(rotation.id).old_kid == api.old
 
-    @pytest.mark.parametrize("answer", [{"status": 500}, {"status": 504}, {"status": 200, "body": b"<html>welcome"}, {"status": 200, "body": b"x" * 300_000},
-                                        {"status": 302, "headers": {"Location": "http://127.0.0.1:1/"}}, {"status": 403}, {"status": 429}])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            {"status": 500},
+            {"status": 504},
+            {"status": 200, "body": b"<html>welcome"},
+            {"status": 200, "body": b"x" * 300_000},
+            {"status": 302, "headers": {"Location": "http://127.0.0.1:1/"}},
+            {"status": 403},
+            {"status": 429},
+        ],
+    )
     def test_f20_f25_a_wrong_answer_after_the_effect_is_read_back(self, api: World, service: Service, answer: dict[str, Any]) -> None:
         """A 500, a page, too much of it, a redirect: what the table shows counts, and nothing is posted again."""
         from tests.adapters.conftest import Reply
@@ -303,18 +324,23 @@ class TestApi:
         assert api.keys() == {api.old: "previous", kid: "current"}
         assert api.posts == ["rotate", "promote"]
 
-    @pytest.mark.parametrize(("sentence", "fault", "error", "words"), [
-        ("F19: broken before its effect", {"status": 500}, Unreachable, "answers HTTP 500; no key was changed"),
-        ("F19: away", {"status": 503}, Unreachable, "answers HTTP 503; no key was changed"),
-        ("F70: too often", {"status": 429}, Unreachable, "answers HTTP 429; no key was changed"),
-        ("F19: hung up before its effect", {"cut": True}, Unreachable, "does not answer"),
-        ("F24: not allowed", {"status": 403}, Denied, r"refuses identity.admin_token \(HTTP 403\): renew it, then run the rotation again"),
-        ("F25: a page", {"body": "<html>welcome"}, BadAnswer, "said that it made a key, but no key of the table is next"),
-        ("F25: too much", {"body": "x" * 300_000}, BadAnswer, "more than 256 KiB"),
-        ("F25: a redirect", {"redirect": "http://127.0.0.1:1/"}, BadAnswer, "answers with a redirect, which is not followed"),
-        ("an address that is none", {"status": 404}, BadAnswer, r"answers HTTP 404 \(the sandbox was asked for 404\); no key was changed"),
-    ])
-    def test_no_effect_is_an_error_and_the_next_try_makes_the_key(self, api: World, service: Service, sentence: str, fault: dict[str, Any], error: type[WorldError], words: str) -> None:
+    @pytest.mark.parametrize(
+        ("sentence", "fault", "error", "words"),
+        [
+            ("F19: broken before its effect", {"status": 500}, Unreachable, "answers HTTP 500; no key was changed"),
+            ("F19: away", {"status": 503}, Unreachable, "answers HTTP 503; no key was changed"),
+            ("F70: too often", {"status": 429}, Unreachable, "answers HTTP 429; no key was changed"),
+            ("F19: hung up before its effect", {"cut": True}, Unreachable, "does not answer"),
+            ("F24: not allowed", {"status": 403}, Denied, r"refuses identity.admin_token \(HTTP 403\): renew it, then run the rotation again"),
+            ("F25: a page", {"body": "<html>welcome"}, BadAnswer, "said that it made a key, but no key of the table is next"),
+            ("F25: too much", {"body": "x" * 300_000}, BadAnswer, "more than 256 KiB"),
+            ("F25: a redirect", {"redirect": "http://127.0.0.1:1/"}, BadAnswer, "answers with a redirect, which is not followed"),
+            ("an address that is none", {"status": 404}, BadAnswer, r"answers HTTP 404 \(the sandbox was asked for 404\); no key was changed"),
+        ],
+    )
+    def test_no_effect_is_an_error_and_the_next_try_makes_the_key(
+        self, api: World, service: Service, sentence: str, fault: dict[str, Any], error: type[WorldError], words: str
+    ) -> None:
         """One POST, an error that says what to do; and the same rotation goes on as soon as the service does."""
         service.meets(rotate=fault)
         rotation = api.open()
@@ -351,6 +377,7 @@ class TestApi:
 
     def test_f21_where_the_key_is_lost_on_the_way_the_repetition_is_a_409_that_is_read_back(self, api: World, service: Service) -> None:
         """A service that does not know such keys refuses the second: the first one's key is adopted."""
+
         def repeat(asked: Asked) -> Reply:
             bare = replace(asked, headers={name: value for name, value in asked.headers.items() if name != "Idempotency-Key"})
             service.hand_on(bare)
@@ -492,6 +519,7 @@ class TestByHand:
     @pytest.mark.parametrize("error", [Unreachable("KMS is away"), Denied("KMS says no"), BadAnswer("KMS sent another ciphertext")])
     def test_f18_where_the_key_cannot_be_sealed_nothing_is_stored(self, database: Database, error: KeyRotationError) -> None:
         """F12 to F14: the error passes, no row, no entry; the same rotation may try again."""
+
         class Broken:
             def seal(self, plaintext: bytes, context: bytes) -> Sealed:
                 raise error
@@ -567,15 +595,9 @@ class Catching:
 
 
 @pytest.fixture
-def made(database_clock: Any) -> tuple[NewKey, Catching]:
+def made() -> tuple[NewKey, Catching]:
     caught = Catching()
-    return make_key("production", caught.seal, TERMS, database_clock), caught
-
-
-@pytest.fixture
-def database_clock() -> Any:
-    from tests.domain.made import NOW
-    return NOW
+    return make_key("production", caught.seal, TERMS, NOW), caught
 
 
 class TestMakeKey:
@@ -587,7 +609,14 @@ class TestMakeKey:
         numbers = caught.private.public_key().public_numbers()
         assert isinstance(caught.private.curve, ec.SECP256R1)
         assert {**key.public_jwk} == {
-            "kty": "EC", "crv": "P-256", "x": _encoded(numbers.x), "y": _encoded(numbers.y), "kid": thumbprint(key.public_jwk), "alg": "ES256", "use": "sig"}
+            "kty": "EC",
+            "crv": "P-256",
+            "x": _encoded(numbers.x),
+            "y": _encoded(numbers.y),
+            "kid": thumbprint(key.public_jwk),
+            "alg": "ES256",
+            "use": "sig",
+        }
         assert key.kid == key.public_jwk["kid"]
         assert caught.plaintext == caught.private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
 
@@ -603,7 +632,13 @@ class TestMakeKey:
         scalar = caught.private.private_numbers().private_value
         octets = scalar.to_bytes(32, "big")
         everything = f"{key!r} {key} {key.public_jwk} {key.canaries} {key.ciphertext!r} {key.ciphertext.hex()} {key.sealed_by}"
-        for form in (repr(octets)[2:-1], octets.hex(), base64.b64encode(octets).decode().rstrip("="), base64.urlsafe_b64encode(octets).decode().rstrip("="), str(scalar)):
+        for form in (
+            repr(octets)[2:-1],
+            octets.hex(),
+            base64.b64encode(octets).decode().rstrip("="),
+            base64.urlsafe_b64encode(octets).decode().rstrip("="),
+            str(scalar),
+        ):
             assert form not in everything
         assert key.canaries[0] not in repr(key)
         assert repr(key.ciphertext) not in repr(key)
@@ -616,10 +651,10 @@ class TestMakeKey:
             jwt.decode(canary, public, algorithms=["ES256"], audience=TERMS.audience, issuer=TERMS.issuer, options={"verify_exp": False, "verify_iat": False})
             assert jwt.get_unverified_header(canary) == {"alg": "ES256", "kid": key.kid, "typ": CANARY_TYPE}
 
-    def test_a_canary_has_no_power(self, made: tuple[NewKey, Catching], database_clock: Any) -> None:
+    def test_a_canary_has_no_power(self, made: tuple[NewKey, Catching]) -> None:
         """No subject, scope or client: issuer, audience, dates and a name of its own are all that it says."""
         key, _ = made
-        issued = int(database_clock.timestamp())
+        issued = int(NOW.timestamp())
         for canary in key.canaries:
             claims = jwt.decode(canary, options={"verify_signature": False})
             claims.pop("jti")
@@ -632,15 +667,15 @@ class TestMakeKey:
         assert TERMS.count >= 12 * probes_needed(TERMS.workers)
         assert replace(TERMS, workers=1).count == 32
 
-    def test_without_a_probe_route_there_are_no_canaries(self, database_clock: Any) -> None:
+    def test_without_a_probe_route_there_are_no_canaries(self) -> None:
         """No route takes them, so none is signed."""
-        assert make_key("production", Catching().seal, None, database_clock).canaries == ()
+        assert make_key("production", Catching().seal, None, NOW).canaries == ()
 
-    def test_no_two_keys_are_the_same(self, database_clock: Any) -> None:
+    def test_no_two_keys_are_the_same(self) -> None:
         """A hundred pairs, a hundred kids."""
-        assert len({make_key("production", Catching().seal, None, database_clock).kid for _ in range(100)}) == 100
+        assert len({make_key("production", Catching().seal, None, NOW).kid for _ in range(100)}) == 100
 
-    def test_a_sealer_that_fails_lets_nothing_out(self, database_clock: Any) -> None:
+    def test_a_sealer_that_fails_lets_nothing_out(self) -> None:
         """I5: its error passes as it is; neither its text nor what it is chained to holds the plaintext."""
         caught = Catching()
 
@@ -649,14 +684,9 @@ class TestMakeKey:
             raise Unreachable("the KMS does not answer")
 
         with pytest.raises(Unreachable) as raised:
-            make_key("production", fail, TERMS, database_clock)
+            make_key("production", fail, TERMS, NOW)
         assert (raised.value.__cause__, raised.value.__context__, str(raised.value)) == (None, None, "the KMS does not answer")
 
 
 def _encoded(coordinate: int) -> str:
     return base64.urlsafe_b64encode(coordinate.to_bytes(32, "big")).rstrip(b"=").decode()
-
-
-def test_both_are_authorities() -> None:
-    """The contract's subjects are those that wiring names, and Status has the four states that it speaks of."""
-    assert {Status.NEXT, Status.CURRENT, Status.PREVIOUS, Status.DISABLED} == set(Status)

@@ -37,7 +37,9 @@ class TestAsking:
         """In equal parts, each as a Bearer token, to the probe path of the same host."""
         seen = gateways(*two).probe(CANARIES)
         for peer in two:
-            assert [(asked.method, asked.path, asked.headers["Authorization"]) for asked in peer.asked] == [("GET", "/canary", f"Bearer {canary}") for canary in CANARIES]
+            assert [(asked.method, asked.path, asked.headers["Authorization"]) for asked in peer.asked] == [
+                ("GET", "/canary", f"Bearer {canary}") for canary in CANARIES
+            ]
         assert [observation.answer for observation in seen] == [Answer.ACCEPTED] * 10
         assert judge(seen, needed=5).everywhere
 
@@ -80,6 +82,7 @@ class TestAsking:
     def test_a_worker_that_lags_is_found_among_those_that_do_not(self, peer: Peer) -> None:
         """The third probe is refused: the gateway does not know the key."""
         from tests.adapters.conftest import Reply
+
         peer.answers = lambda asked: Reply(401 if asked.headers["Authorization"].endswith("-2") else 200)
         seen = gateways(peer).probe(CANARIES)
         assert [observation.answer for observation in seen] == [Answer.ACCEPTED, Answer.ACCEPTED, Answer.REFUSED]
@@ -89,20 +92,29 @@ class TestAsking:
 class TestAnswers:
     """What a real answer is taken for."""
 
-    @pytest.mark.parametrize(("sentence", "status", "body", "expected", "said"), [
-        ("it passes", 200, "a page about expired tokens", Answer.ACCEPTED, "HTTP 200"),
-        ("Envoy does not know the key", 401, "Jwks doesn't have key to match kid or alg from Jwt", Answer.REFUSED, "HTTP 401 (Jwks doesn't have key to match kid or alg from Jwt)"),
-        ("Envoy finds the signature wrong", 401, "Jwt verification fails", Answer.REFUSED, "HTTP 401 (Jwt verification fails)"),
-        ("a gateway without words", 401, "", Answer.REFUSED, "HTTP 401"),
-        ("F37: a clock that is behind", 401, "Jwt not yet valid", Answer.UNPROVEN, "HTTP 401 (Jwt not yet valid)"),
-        ("F37: iat in the future", 401, "token used before issued", Answer.UNPROVEN, "HTTP 401 (token used before issued)"),
-        ("an expired canary", 401, "Jwt is expired", Answer.UNPROVEN, "HTTP 401 (Jwt is expired)"),
-        ("F32: a set that could not be fetched", 401, "Jwks remote fetch is failed", Answer.UNPROVEN, "HTTP 401 (Jwks remote fetch is failed)"),
-        ("F79: the audience", 403, "Audiences in Jwt are not allowed", Answer.UNPROVEN, "HTTP 403 (Audiences in Jwt are not allowed)"),
-        ("F79: a limit on the rate", 429, "local_rate_limited\nmore", Answer.UNPROVEN, "HTTP 429 (local_rate_limited)"),
-        ("F79: nobody behind it", 503, "no healthy upstream", Answer.UNPROVEN, "HTTP 503 (no healthy upstream)"),
-        ("no content is no acceptance", 204, "", Answer.UNPROVEN, "HTTP 204"),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "status", "body", "expected", "said"),
+        [
+            ("it passes", 200, "a page about expired tokens", Answer.ACCEPTED, "HTTP 200"),
+            (
+                "Envoy does not know the key",
+                401,
+                "Jwks doesn't have key to match kid or alg from Jwt",
+                Answer.REFUSED,
+                "HTTP 401 (Jwks doesn't have key to match kid or alg from Jwt)",
+            ),
+            ("Envoy finds the signature wrong", 401, "Jwt verification fails", Answer.REFUSED, "HTTP 401 (Jwt verification fails)"),
+            ("a gateway without words", 401, "", Answer.REFUSED, "HTTP 401"),
+            ("F37: a clock that is behind", 401, "Jwt not yet valid", Answer.UNPROVEN, "HTTP 401 (Jwt not yet valid)"),
+            ("F37: iat in the future", 401, "token used before issued", Answer.UNPROVEN, "HTTP 401 (token used before issued)"),
+            ("an expired canary", 401, "Jwt is expired", Answer.UNPROVEN, "HTTP 401 (Jwt is expired)"),
+            ("F32: a set that could not be fetched", 401, "Jwks remote fetch is failed", Answer.UNPROVEN, "HTTP 401 (Jwks remote fetch is failed)"),
+            ("F79: the audience", 403, "Audiences in Jwt are not allowed", Answer.UNPROVEN, "HTTP 403 (Audiences in Jwt are not allowed)"),
+            ("F79: a limit on the rate", 429, "local_rate_limited\nmore", Answer.UNPROVEN, "HTTP 429 (local_rate_limited)"),
+            ("F79: nobody behind it", 503, "no healthy upstream", Answer.UNPROVEN, "HTTP 503 (no healthy upstream)"),
+            ("no content is no acceptance", 204, "", Answer.UNPROVEN, "HTTP 204"),
+        ],
+    )
     def test_stories(self, peer: Peer, sentence: str, status: int, body: str, expected: Answer, said: str) -> None:
         """Status and first line of the reason, for people and for the record."""
         peer.says(status, body)
@@ -142,7 +154,7 @@ class TestAnswers:
         """No part of the token stands in what goes into the ledger."""
         peer.says(401, body)
         (seen,) = gateways(peer).call(TOKEN)
-        assert not any(TOKEN[at:at + 12] in seen.said for at in range(len(TOKEN) - 12))
+        assert not any(TOKEN[at : at + 12] in seen.said for at in range(len(TOKEN) - 12))
 
     def test_a_reason_is_one_short_printable_line(self, peer: Peer) -> None:
         """No escape sequence reaches a terminal, no page the ledger."""

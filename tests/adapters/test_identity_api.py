@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.adapters.conftest import Peer
 
 ISSUER, PLANTED = "https://identity.example", "planted-client-s3cret"
-SHORT = 0.2          # seconds for a whole exchange, where the peer is never going to finish
+SHORT = 0.2  # seconds for a whole exchange, where the peer is never going to finish
 Secret = Callable[[str], SecretRef]
 
 
@@ -144,7 +144,12 @@ ATTACKS: list[tuple[str, Any]] = [
     ("a signature on P-384", token(sign=lambda signing_input: es256(signing_input, a_key(ec.SECP384R1()), 48))),
     ("a signature on P-521", token(sign=lambda signing_input: es256(signing_input, a_key(ec.SECP521R1()), 66))),
     ("a signature on secp256k1", token(sign=lambda signing_input: es256(signing_input, a_key(ec.SECP256K1())))),
-    ("SHA-384 under ES256", token(sign=lambda signing_input: b"".join(part.to_bytes(32, "big") for part in decode_dss_signature(KEY.sign(signing_input, ec.ECDSA(hashes.SHA384())))))),
+    (
+        "SHA-384 under ES256",
+        token(
+            sign=lambda signing_input: b"".join(part.to_bytes(32, "big") for part in decode_dss_signature(KEY.sign(signing_input, ec.ECDSA(hashes.SHA384()))))
+        ),
+    ),
     ("a longer payload under the signature", f"{HEAD}.{encoded(json.dumps({**CLAIMS, 'admin': True}).encode())}.{SIGNATURE}"),
     ("a newline at the end", f"{GOOD}\n"),
     ("padding", f"{GOOD}=="),
@@ -194,10 +199,13 @@ class TestVerify:
             with pytest.raises(BadAnswer):
                 verify(token({**HEADER, name: value}), JWKS, ISSUER)
 
-    @pytest.mark.parametrize(("sentence", "claims"), [
-        ("F37: a token of a clock that is ahead", {"iat": 4102444800, "nbf": 4102444800, "exp": 4102448400}),
-        ("a token that expired long ago", {"iat": 1, "exp": 2}),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "claims"),
+        [
+            ("F37: a token of a clock that is ahead", {"iat": 4102444800, "nbf": 4102444800, "exp": 4102448400}),
+            ("a token that expired long ago", {"iat": 1, "exp": 2}),
+        ],
+    )
     def test_f37_time_is_no_matter_of_the_signature(self, sentence: str, claims: dict[str, int]) -> None:
         """iat, nbf and exp are judged by the caller against the database's clock, never by the worker's (I18)."""
         verify(token(claims={**CLAIMS, **claims}), JWKS, ISSUER)
@@ -223,7 +231,7 @@ class TestVerify:
     @given(st.integers(0, len(GOOD) - 1), st.characters(exclude_categories=["Cs"]))
     def test_i25_no_letter_of_a_token_can_be_changed(self, at: int, letter: str) -> None:
         """Any other letter at any place: BadAnswer, and nothing else."""
-        changed = GOOD[:at] + letter + GOOD[at + 1:]
+        changed = GOOD[:at] + letter + GOOD[at + 1 :]
         if changed != GOOD:
             with pytest.raises(BadAnswer):
                 verify(changed, JWKS, ISSUER)
@@ -251,12 +259,31 @@ class TestPublished:
         assert (published.jwks.kids, published.max_age) == ({KID}, timedelta(minutes=5))
         assert [(asked.method, asked.path) for asked in peer.asked] == [("GET", "/jwks")]
 
-    @pytest.mark.parametrize(("cache_control", "seconds"), [
-        ("max-age=300", 300), ("public, max-age=300, must-revalidate", 300), ('max-age="300"', 300), ("Max-Age=300", 300), ("max-age=0", 0),
-        ("no-store", 0), ("no-store, max-age=300", 0), ("No-Cache", 0),
-        ("", None), ("public", None), ("max-age", None), ("max-age=", None), ("max-age=-1", None), ("max-age=x", None), ("x-max-age=5", None),
-        ("max-age=60, s-maxage=3600", 3600), ("s-maxage=60, max-age=3600", 3600), ("max-age=60, stale-while-revalidate=30, stale-if-error=90", 150),
-        ("max-age=99999999999999999999999999", 2**31), ("stale-while-revalidate=30", None)])
+    @pytest.mark.parametrize(
+        ("cache_control", "seconds"),
+        [
+            ("max-age=300", 300),
+            ("public, max-age=300, must-revalidate", 300),
+            ('max-age="300"', 300),
+            ("Max-Age=300", 300),
+            ("max-age=0", 0),
+            ("no-store", 0),
+            ("no-store, max-age=300", 0),
+            ("No-Cache", 0),
+            ("", None),
+            ("public", None),
+            ("max-age", None),
+            ("max-age=", None),
+            ("max-age=-1", None),
+            ("max-age=x", None),
+            ("x-max-age=5", None),
+            ("max-age=60, s-maxage=3600", 3600),
+            ("s-maxage=60, max-age=3600", 3600),
+            ("max-age=60, stale-while-revalidate=30, stale-if-error=90", 150),
+            ("max-age=99999999999999999999999999", 2**31),
+            ("stale-while-revalidate=30", None),
+        ],
+    )
     def test_f28_the_max_age(self, peer: Peer, identity: HttpIdentity, cache_control: str, seconds: int | None) -> None:
         """The longest that any cache may serve it (RFC 9111, 5861): in any letters, the shared caches' own as well, and none that nobody said."""
         peer.says(200, JWKS_BODY, headers={"Cache-Control": cache_control})
@@ -267,21 +294,30 @@ class TestPublished:
         peer.says(200, JWKS_BODY)
         assert identity.published().max_age is None
 
-    @pytest.mark.parametrize(("sentence", "status", "body", "error", "words"), [
-        ("F25: a page", 200, b"<!doctype html><h1>Welcome", BadAnswer, "does not answer with a JWKS"),
-        ("F25: nothing", 200, b"", BadAnswer, "does not answer with a JWKS"),
-        ("F25: larger than anything that we publish", 200, b" " * (MAX_OCTETS + 1), BadAnswer, "more than 256 KiB"),
-        ("F29: empty", 200, b'{"keys": []}', BadAnswer, "the JWKS is empty"),
-        ("F29: a kid twice", 200, json.dumps({"keys": [JWK, JWK]}).encode(), BadAnswer, "twice"),
-        ("F29: another key under a known kid", 200, json.dumps({"keys": [{**OTHER_JWK, "kid": KID}]}).encode(), BadAnswer, "another public key under the kid"),
-        ("F29: a private half", 200, json.dumps({"keys": [{**JWK, "d": "AAAA"}]}).encode(), BadAnswer, "run an emergency rotation"),
-        ("not there", 404, JWKS_BODY, BadAnswer, "HTTP 404 instead of 200"),
-        ("not allowed", 403, JWKS_BODY, BadAnswer, "HTTP 403 instead of 200"),
-        ("another success", 206, JWKS_BODY, BadAnswer, "HTTP 206 instead of 200"),
-        ("F70: too often", 429, JWKS_BODY, Unreachable, "HTTP 429 instead of 200"),
-        ("broken", 500, JWKS_BODY, Unreachable, "HTTP 500 instead of 200"),
-        ("away", 503, JWKS_BODY, Unreachable, "HTTP 503 instead of 200"),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "status", "body", "error", "words"),
+        [
+            ("F25: a page", 200, b"<!doctype html><h1>Welcome", BadAnswer, "does not answer with a JWKS"),
+            ("F25: nothing", 200, b"", BadAnswer, "does not answer with a JWKS"),
+            ("F25: larger than anything that we publish", 200, b" " * (MAX_OCTETS + 1), BadAnswer, "more than 256 KiB"),
+            ("F29: empty", 200, b'{"keys": []}', BadAnswer, "the JWKS is empty"),
+            ("F29: a kid twice", 200, json.dumps({"keys": [JWK, JWK]}).encode(), BadAnswer, "twice"),
+            (
+                "F29: another key under a known kid",
+                200,
+                json.dumps({"keys": [{**OTHER_JWK, "kid": KID}]}).encode(),
+                BadAnswer,
+                "another public key under the kid",
+            ),
+            ("F29: a private half", 200, json.dumps({"keys": [{**JWK, "d": "AAAA"}]}).encode(), BadAnswer, "run an emergency rotation"),
+            ("not there", 404, JWKS_BODY, BadAnswer, "HTTP 404 instead of 200"),
+            ("not allowed", 403, JWKS_BODY, BadAnswer, "HTTP 403 instead of 200"),
+            ("another success", 206, JWKS_BODY, BadAnswer, "HTTP 206 instead of 200"),
+            ("F70: too often", 429, JWKS_BODY, Unreachable, "HTTP 429 instead of 200"),
+            ("broken", 500, JWKS_BODY, Unreachable, "HTTP 500 instead of 200"),
+            ("away", 503, JWKS_BODY, Unreachable, "HTTP 503 instead of 200"),
+        ],
+    )
     def test_stories(self, peer: Peer, identity: HttpIdentity, sentence: str, status: int, body: bytes, error: type[WorldError], words: str) -> None:
         """What may pass is retryable, what a person has to mend is not."""
         peer.says(status, body)
@@ -329,29 +365,37 @@ class TestFreshToken:
     def test_a_refused_client_is_told_what_to_mend(self, peer: Peer, identity: HttpIdentity, status: int) -> None:
         """Denied, with the client's name and the settings to check, and without its secret."""
         peer.says(status, json.dumps({"error": "invalid_client", "error_description": PLANTED}))
-        with pytest.raises(Denied, match=rf"refuses the client 'the-client' \(HTTP {status}\): check identity\.client_id, identity\.client_secret and identity\.scope") as refused:
+        with pytest.raises(
+            Denied, match=rf"refuses the client 'the-client' \(HTTP {status}\): check identity\.client_id, identity\.client_secret and identity\.scope"
+        ) as refused:
             identity.fresh_token()
         assert PLANTED not in str(refused.value)
         assert not refused.value.retryable
 
-    @pytest.mark.parametrize(("sentence", "status", "body", "error", "words"), [
-        ("F70: a limit on the rate", 429, b"", Unreachable, "HTTP 429 instead of 200"),
-        ("broken", 500, b"", Unreachable, "HTTP 500 instead of 200"),
-        ("away", 503, b"", Unreachable, "HTTP 503 instead of 200"),
-        ("moved for good", 404, b"", BadAnswer, "HTTP 404 instead of 200"),
-        ("F25: a page", 200, b"<html>", BadAnswer, "does not answer with a JWT"),
-        ("F25: a list", 200, b"[]", BadAnswer, "does not answer with a JWT"),
-        ("F25: null", 200, b"null", BadAnswer, "does not answer with a JWT"),
-        ("F25: no token", 200, b"{}", BadAnswer, "does not answer with a JWT"),
-        ("F25: a token that is none", 200, answer("opaque"), BadAnswer, "does not answer with a JWT"),
-        ("F25: a token that is a number", 200, answer(5), BadAnswer, "does not answer with a JWT"),
-        ("F25: a token that is null", 200, answer(None), BadAnswer, "does not answer with a JWT"),
-        ("F25: a nesting bomb", 200, b"[" * 100_000, BadAnswer, "does not answer with a JWT"),
-        ("F25: too large", 200, b"x" * (MAX_OCTETS + 1), BadAnswer, "more than 256 KiB"),
-        ("no kid", 200, answer(token({"alg": "ES256"})), BadAnswer, "that has kid, iat and exp"),
-        *((f"{name} {value}", 200, answer(token(claims={**CLAIMS, name: value})), BadAnswer, "that has kid, iat and exp")
-          for name in ("iat", "exp") for value in (None, "soon", [], 1e17, 1e18, 1e300, -1e18, float("nan"), float("inf"), 10**400)),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "status", "body", "error", "words"),
+        [
+            ("F70: a limit on the rate", 429, b"", Unreachable, "HTTP 429 instead of 200"),
+            ("broken", 500, b"", Unreachable, "HTTP 500 instead of 200"),
+            ("away", 503, b"", Unreachable, "HTTP 503 instead of 200"),
+            ("moved for good", 404, b"", BadAnswer, "HTTP 404 instead of 200"),
+            ("F25: a page", 200, b"<html>", BadAnswer, "does not answer with a JWT"),
+            ("F25: a list", 200, b"[]", BadAnswer, "does not answer with a JWT"),
+            ("F25: null", 200, b"null", BadAnswer, "does not answer with a JWT"),
+            ("F25: no token", 200, b"{}", BadAnswer, "does not answer with a JWT"),
+            ("F25: a token that is none", 200, answer("opaque"), BadAnswer, "does not answer with a JWT"),
+            ("F25: a token that is a number", 200, answer(5), BadAnswer, "does not answer with a JWT"),
+            ("F25: a token that is null", 200, answer(None), BadAnswer, "does not answer with a JWT"),
+            ("F25: a nesting bomb", 200, b"[" * 100_000, BadAnswer, "does not answer with a JWT"),
+            ("F25: too large", 200, b"x" * (MAX_OCTETS + 1), BadAnswer, "more than 256 KiB"),
+            ("no kid", 200, answer(token({"alg": "ES256"})), BadAnswer, "that has kid, iat and exp"),
+            *(
+                (f"{name} {value}", 200, answer(token(claims={**CLAIMS, name: value})), BadAnswer, "that has kid, iat and exp")
+                for name in ("iat", "exp")
+                for value in (None, "soon", [], 1e17, 1e18, 1e300, -1e18, float("nan"), float("inf"), 10**400)
+            ),
+        ],
+    )
     def test_stories(self, peer: Peer, identity: HttpIdentity, sentence: str, status: int, body: bytes, error: type[WorldError], words: str) -> None:
         """Whatever comes, it is said in words that quote none of it."""
         peer.says(status, body)
@@ -395,7 +439,9 @@ class TestFreshToken:
 class TestDate:
     """The identity service's clock."""
 
-    @pytest.mark.parametrize("told", ["Tue, 06 Jan 2026 03:00:00 GMT", "Tue, 06 Jan 2026 03:00:00 -0000", "Tue, 06 Jan 2026 04:00:00 +0100", "Tuesday, 06-Jan-26 03:00:00 GMT"])
+    @pytest.mark.parametrize(
+        "told", ["Tue, 06 Jan 2026 03:00:00 GMT", "Tue, 06 Jan 2026 03:00:00 -0000", "Tue, 06 Jan 2026 04:00:00 +0100", "Tuesday, 06-Jan-26 03:00:00 GMT"]
+    )
     def test_it_is_read_from_the_date_header(self, peer: Peer, identity: HttpIdentity, told: str) -> None:
         """In UTC, and aware of it, in every form that HTTP has known."""
         peer.says(200, JWKS_BODY, date=told)
@@ -403,7 +449,9 @@ class TestDate:
         assert (dated.name, dated.date) == ("identity service", datetime(2026, 1, 6, 3, tzinfo=UTC))
         assert dated.round_trip > timedelta(0)
 
-    @pytest.mark.parametrize("told", [None, "", "yesterday", "0", "Tue, 32 Jan 2026 03:00:00 GMT", "Tue, 06 Jan 2026 03:00:00 +9999999999999999", "Tue, 06 Jan 999999 03:00:00 GMT"])
+    @pytest.mark.parametrize(
+        "told", [None, "", "yesterday", "0", "Tue, 32 Jan 2026 03:00:00 GMT", "Tue, 06 Jan 2026 03:00:00 +9999999999999999", "Tue, 06 Jan 999999 03:00:00 GMT"]
+    )
     def test_a_clock_that_cannot_be_read_is_not_guessed(self, peer: Peer, identity: HttpIdentity, told: str | None) -> None:
         """No Date, or one that is none: BadAnswer."""
         peer.says(200, JWKS_BODY, date=told)

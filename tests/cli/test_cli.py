@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 
 from keyrotation.cli.report import printable
+from keyrotation.steps.announce import publish_head
 from tests.cli.conftest import CLIENT_SECRET, CONSOLE_SCRIPT, ENCRYPTER, SLACK_TOKEN, Shell, World
 from tests.conftest import PASSWORD
 
@@ -376,7 +377,7 @@ def test_history_of_nothing(shell: Shell) -> None:
 def test_audit_of_a_whole_ledger(world: World) -> None:
     """A whole chain is well: number of entries, first and last instant, the head."""
     audit = world.shell.json("audit", "test")
-    assert set(audit) == {"environment", "whole", "entries", "first_at", "last_at", "head", "problems"}
+    assert set(audit) == {"environment", "whole", "entries", "first_at", "last_at", "head", "published_head", "problems"}
     assert (audit["whole"], audit["problems"], audit["head"]["seq"]) == (True, [], audit["entries"])
     status, out, _ = world.shell.run("audit", "test")
     assert status == 0
@@ -408,6 +409,21 @@ def test_audit_finds(world: World, name: str) -> None:
     status, out, _ = world.shell.run("audit", "test")
     assert status == 1
     assert "not ok" in out
+
+
+def test_audit_holds_the_ledger_against_the_head_kept_outside(world: World) -> None:
+    """Whoever rewrites ledger and head together is found by what was published before."""
+    shell = world.shell
+    assert shell.json("audit", "test")["published_head"] is None
+    publish_head(shell.env())
+    published = shell.json("audit", "test")["published_head"]
+    assert published["seq"] == shell.json("audit", "test")["entries"]
+    (shell.folder / "head.json").write_text(json.dumps({"seq": 2, "hash": "a" * 64}))
+    assert "entry 2 does not match the head kept outside" in shell.json("audit", "test", status=1)["problems"][0]
+    (shell.folder / "head.json").write_text(json.dumps({**published, "seq": 1000}))
+    assert "missing at the end" in shell.json("audit", "test", status=1)["problems"][0]
+    (shell.folder / "head.json").write_text("rubbish")
+    assert "is not a published head" in shell.json("audit", "test", status=1)["problems"][0]
 
 
 # ---- hold, release

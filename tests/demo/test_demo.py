@@ -27,10 +27,12 @@ OLD, NEW = "old-key-0123456789", "new-key-0123456789"
 
 
 def counts(**changed: int) -> dict[str, int]:
+    """The counters of a report."""
     return {"sent": 4000, "accepted": 4000, "rejected": 0, "expired": 0, "other": 0, "errors": 0, "token_errors": 0, **changed}
 
 
 def traffic(totals: Mapping[str, int] = {}, old: Mapping[str, int] = {}, new: Mapping[str, int] = {}, finished: bool = True) -> dict[str, Any]:
+    """What sandbox.traffic reports."""
     return {
         "finished": finished,
         "totals": counts(**totals),
@@ -40,6 +42,7 @@ def traffic(totals: Mapping[str, int] = {}, old: Mapping[str, int] = {}, new: Ma
 
 
 def run(state: str = "COMPLETED", steps: tuple[Step, ...] = ()) -> Run:
+    """A flow run of ten seconds, two of them until its process was there."""
     return Run("id", "rotate", state, "the reason", 10.0, 12.0, 20.0, steps, None)
 
 
@@ -83,7 +86,7 @@ class TestTheVerdict:
         """Nobody was hurt, enough was tried, everything is where it belongs."""
         assert problems(GOOD) == []
 
-    @pytest.mark.parametrize("figures,said", BAD.values(), ids=BAD.keys())
+    @pytest.mark.parametrize(("figures", "said"), BAD.values(), ids=BAD.keys())
     def test_each_bad_figure_spoils_it(self, figures: Figures, said: str) -> None:
         """And is named in the reason."""
         assert said in "; ".join(problems(figures))
@@ -93,7 +96,7 @@ class TestTheVerdict:
         assert len(problems(BAD["a valid token was rejected"][0])) == 1
 
     @pytest.mark.parametrize(
-        "status,printed,complained,expected",
+        ("status", "printed", "complained", "expected"),
         [
             (0, '{"whole": true, "entries": 23, "problems": []}', "", Audit(True, 23)),
             (1, '{"whole": false, "entries": 23, "problems": ["entry 7 was edited"]}', "", Audit(False, 23, "entry 7 was edited")),
@@ -172,11 +175,13 @@ class TestWhatAPersonReads:
 
 
 def plain() -> tuple[Stage, io.StringIO]:
+    """A stage without a terminal, and what it says."""
     out = io.StringIO()
     return Stage(out), out
 
 
 def drawn(table: Any) -> str:
+    """A table as text."""
     console = Console(file=io.StringIO(), width=100)
     console.print(table)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
@@ -215,10 +220,12 @@ DEMO = [sys.executable, "-u", "-m", "sandbox", "demo"]
 
 
 def at(folder: Path) -> dict[str, str]:
+    """An environment whose temporary folder is that one."""
     return {**os.environ, "TMPDIR": str(folder)}
 
 
 def read_until(lines: Any, found: Callable[[str], bool]) -> str:
+    """The lines up to the one that was looked for."""
     seen = ""
     for line in lines:
         seen += line
@@ -228,6 +235,7 @@ def read_until(lines: Any, found: Callable[[str], bool]) -> str:
 
 
 def figure(printed: str, name: str) -> int:
+    """A number of the printed report."""
     found = re.search(rf"^\s*{name}\s+([\d,]+)", printed, re.MULTILINE)
     assert found, printed
     return int(found[1].replace(",", ""))

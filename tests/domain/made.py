@@ -17,8 +17,15 @@ DAY, HOUR, MINUTE, SECOND = timedelta(days=1), timedelta(hours=1), timedelta(min
 def a_policy(**settings: Any) -> Policy:
     """Production's: weekly, gateways cache 15 minutes, tokens live an hour."""
     usual: dict[str, Any] = {
-        "rotate_every": 7 * DAY, "max_key_age": 16 * DAY, "token_lifetime": HOUR, "clock_skew": 30 * SECOND, "cleanup_after": 48 * HOUR,
-        "cache_time": 15 * MINUTE, "key_cache": MINUTE, "max_age_limit": HOUR}
+        "rotate_every": 7 * DAY,
+        "max_key_age": 16 * DAY,
+        "token_lifetime": HOUR,
+        "clock_skew": 30 * SECOND,
+        "cleanup_after": 48 * HOUR,
+        "cache_time": 15 * MINUTE,
+        "key_cache": MINUTE,
+        "max_age_limit": HOUR,
+    }
     return Policy(**{**usual, **settings})
 
 
@@ -37,8 +44,15 @@ def a_key(kid: str = "old", status: str = "current", **fields: Any) -> Key:
 
 def a_rotation(kind: str = "rotation", **fields: Any) -> Rotation:
     """An open one, that somebody works on."""
-    usual: dict[str, Any] = {"id": 7, "epoch": 1, "actor": "schedule", "reason": "due", "opened_at": NOW - MINUTE, "lease_until": NOW + MINUTE,
-                             "flow_run_id": "their-run"}
+    usual: dict[str, Any] = {
+        "id": 7,
+        "epoch": 1,
+        "actor": "schedule",
+        "reason": "due",
+        "opened_at": NOW - MINUTE,
+        "lease_until": NOW + MINUTE,
+        "flow_run_id": "their-run",
+    }
     return Rotation(environment="production", kind=kind, **{**usual, **fields})
 
 

@@ -32,26 +32,47 @@ def aged(age: timedelta) -> Key:
 class TestRotation:
     """decide_rotation."""
 
-    @pytest.mark.parametrize(("sentence", "found", "request_", "action", "reason"), [
-        ("a key of eight days is due every week", facts(a_key()), SCHEDULE, Action.ROTATE, "due"),
-        ("a key of an hour is not", facts(aged(HOUR)), SCHEDULE, Action.NOTHING, "not due"),
-        ("a person's word is enough", facts(aged(HOUR)), PERSON, Action.ROTATE, "asked for"),
-        ("a key without the instant of its promotion counts from when it was made", facts(a_key(promoted_at=None)), SCHEDULE, Action.ROTATE, "due"),
-        ("on hold, a schedule's run does nothing", facts(a_key(), hold=a_hold()), SCHEDULE, Action.ON_HOLD, "on hold"),
-        ("on hold, a person's run does nothing either", facts(a_key(), hold=a_hold()), PERSON, Action.ON_HOLD, "on hold"),
-        ("a hold comes before work that nobody does any more", facts(a_key(), work=a_rotation(lease_until=NOW), hold=a_hold()), PERSON, Action.ON_HOLD, "on hold"),
-        ("F40: an emergency is left alone", facts(a_key(), work=a_rotation("emergency")), SCHEDULE, Action.NOTHING, "emergency"),
-        ("F40: by a person's run, too", facts(a_key(), work=a_rotation("emergency")), PERSON, Action.NOTHING, "emergency"),
-        ("an emergency is never taken over by a rotation, also if its run is dead", facts(a_key(), work=a_rotation("emergency", lease_until=NOW - HOUR)), PERSON, Action.NOTHING, "emergency"),
-        ("nor if it bears our own run", facts(a_key(), work=a_rotation("emergency", flow_run_id="my-run")), PERSON, Action.NOTHING, "emergency"),
-        ("an emergency comes before a hold", facts(a_key(), work=a_rotation("emergency"), hold=a_hold()), SCHEDULE, Action.NOTHING, "emergency"),
-        ("F38: a schedule's run leaves live work politely", facts(a_key(), work=a_rotation()), SCHEDULE, Action.NOTHING, "busy"),
-        ("F39: a person's run waits for it", facts(a_key(), work=a_rotation()), PERSON, Action.WAIT, "busy"),
-        ("F1: work of a dead run is finished", facts(a_key(), work=a_rotation(lease_until=NOW - SECOND)), SCHEDULE, Action.RESUME, "unfinished"),
-        ("F1: also where nothing would be due", facts(aged(HOUR), work=a_rotation(lease_until=NOW - SECOND)), SCHEDULE, Action.RESUME, "unfinished"),
-        ("Prefect's second try of our own run goes on at once", facts(a_key(), work=a_rotation(flow_run_id="my-run")), SCHEDULE, Action.RESUME, "unfinished"),
-        ("work without a run's name is nobody's own", facts(a_key(), work=a_rotation(flow_run_id=None)), Request("ada", None), Action.WAIT, "busy"),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "found", "request_", "action", "reason"),
+        [
+            ("a key of eight days is due every week", facts(a_key()), SCHEDULE, Action.ROTATE, "due"),
+            ("a key of an hour is not", facts(aged(HOUR)), SCHEDULE, Action.NOTHING, "not due"),
+            ("a person's word is enough", facts(aged(HOUR)), PERSON, Action.ROTATE, "asked for"),
+            ("a key without the instant of its promotion counts from when it was made", facts(a_key(promoted_at=None)), SCHEDULE, Action.ROTATE, "due"),
+            ("on hold, a schedule's run does nothing", facts(a_key(), hold=a_hold()), SCHEDULE, Action.ON_HOLD, "on hold"),
+            ("on hold, a person's run does nothing either", facts(a_key(), hold=a_hold()), PERSON, Action.ON_HOLD, "on hold"),
+            (
+                "a hold comes before work that nobody does any more",
+                facts(a_key(), work=a_rotation(lease_until=NOW), hold=a_hold()),
+                PERSON,
+                Action.ON_HOLD,
+                "on hold",
+            ),
+            ("F40: an emergency is left alone", facts(a_key(), work=a_rotation("emergency")), SCHEDULE, Action.NOTHING, "emergency"),
+            ("F40: by a person's run, too", facts(a_key(), work=a_rotation("emergency")), PERSON, Action.NOTHING, "emergency"),
+            (
+                "an emergency is never taken over by a rotation, also if its run is dead",
+                facts(a_key(), work=a_rotation("emergency", lease_until=NOW - HOUR)),
+                PERSON,
+                Action.NOTHING,
+                "emergency",
+            ),
+            ("nor if it bears our own run", facts(a_key(), work=a_rotation("emergency", flow_run_id="my-run")), PERSON, Action.NOTHING, "emergency"),
+            ("an emergency comes before a hold", facts(a_key(), work=a_rotation("emergency"), hold=a_hold()), SCHEDULE, Action.NOTHING, "emergency"),
+            ("F38: a schedule's run leaves live work politely", facts(a_key(), work=a_rotation()), SCHEDULE, Action.NOTHING, "busy"),
+            ("F39: a person's run waits for it", facts(a_key(), work=a_rotation()), PERSON, Action.WAIT, "busy"),
+            ("F1: work of a dead run is finished", facts(a_key(), work=a_rotation(lease_until=NOW - SECOND)), SCHEDULE, Action.RESUME, "unfinished"),
+            ("F1: also where nothing would be due", facts(aged(HOUR), work=a_rotation(lease_until=NOW - SECOND)), SCHEDULE, Action.RESUME, "unfinished"),
+            (
+                "Prefect's second try of our own run goes on at once",
+                facts(a_key(), work=a_rotation(flow_run_id="my-run")),
+                SCHEDULE,
+                Action.RESUME,
+                "unfinished",
+            ),
+            ("work without a run's name is nobody's own", facts(a_key(), work=a_rotation(flow_run_id=None)), Request("ada", None), Action.WAIT, "busy"),
+        ],
+    )
     def test_stories(self, sentence: str, found: Facts, request_: Request, action: Action, reason: str) -> None:
         """Each story ends with an action and its reason word."""
         decision = decide_rotation(found, request_, WEEKLY)
@@ -72,14 +93,21 @@ class TestRotation:
         with pytest.raises(Refused, match="bootstrap-signing-keys"):
             decide_rotation(facts(a_key("n", "next")), PERSON, WEEKLY)
 
-    @pytest.mark.parametrize(("found", "request_", "message"), [
-        (facts(aged(DAY)), SCHEDULE, "not due: key old is 1d old; a scheduled run rotates it from 2026-01-08 15:00:00 UTC on (half of rotate_every 7d)"),
-        (facts(a_key()), SCHEDULE, "due: key old is 8d old, rotated every 7d"),
-        (facts(a_key()), PERSON, "rotating as asked: key old is 8d old"),
-        (facts(a_key(), hold=a_hold()), SCHEDULE, "on hold since 2026-01-05 03:00:00 UTC by ada: audit week. To lift it: keyrotation release ENVIRONMENT"),
-        (facts(a_key(), work=a_rotation()), PERSON, "rotation 7, opened 2026-01-06 02:59:00 UTC by schedule, is under way: waiting for its end"),
-        (facts(a_key(), work=a_rotation(lease_until=NOW)), PERSON, "finishing rotation 7, opened 2026-01-06 02:59:00 UTC by schedule: the run that worked on it is gone"),
-    ])
+    @pytest.mark.parametrize(
+        ("found", "request_", "message"),
+        [
+            (facts(aged(DAY)), SCHEDULE, "not due: key old is 1d old; a scheduled run rotates it from 2026-01-08 15:00:00 UTC on (half of rotate_every 7d)"),
+            (facts(a_key()), SCHEDULE, "due: key old is 8d old, rotated every 7d"),
+            (facts(a_key()), PERSON, "rotating as asked: key old is 8d old"),
+            (facts(a_key(), hold=a_hold()), SCHEDULE, "on hold since 2026-01-05 03:00:00 UTC by ada: audit week. To lift it: keyrotation release ENVIRONMENT"),
+            (facts(a_key(), work=a_rotation()), PERSON, "rotation 7, opened 2026-01-06 02:59:00 UTC by schedule, is under way: waiting for its end"),
+            (
+                facts(a_key(), work=a_rotation(lease_until=NOW)),
+                PERSON,
+                "finishing rotation 7, opened 2026-01-06 02:59:00 UTC by schedule: the run that worked on it is gone",
+            ),
+        ],
+    )
     def test_the_message_says_who_when_and_what_next(self, found: Facts, request_: Request, message: str) -> None:
         """The sentence that ledger, log, Slack and run state show."""
         assert decide_rotation(found, request_, WEEKLY).message == message
@@ -96,18 +124,26 @@ class TestRotation:
 class TestBootstrap:
     """decide_bootstrap."""
 
-    @pytest.mark.parametrize(("sentence", "found", "action", "reason"), [
-        ("an environment without keys gets its first", facts(), Action.BOOTSTRAP, "no key"),
-        ("a next key alone signs nothing: bootstrap", facts(a_key("n", "next")), Action.BOOTSTRAP, "no key"),
-        ("all keys disabled: bootstrap", facts(a_key("gone", "disabled")), Action.BOOTSTRAP, "no key"),
-        ("where a key is current, nothing is done", facts(a_key()), Action.NOTHING, "has a key"),
-        ("also while a rotation is open", facts(a_key(), work=a_rotation()), Action.NOTHING, "has a key"),
-        ("two at once: the second finds the first at work", facts(work=a_rotation("bootstrap")), Action.WAIT, "busy"),
-        ("F1: one that died before its promotion is finished", facts(work=a_rotation("bootstrap", lease_until=NOW)), Action.RESUME, "unfinished"),
-        ("F1: one that died after its promotion is finished, too", facts(a_key(), work=a_rotation("bootstrap", lease_until=NOW)), Action.RESUME, "unfinished"),
-        ("on hold, no key is made", facts(hold=a_hold()), Action.ON_HOLD, "on hold"),
-        ("an emergency is left alone", facts(work=a_rotation("emergency")), Action.NOTHING, "emergency"),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "found", "action", "reason"),
+        [
+            ("an environment without keys gets its first", facts(), Action.BOOTSTRAP, "no key"),
+            ("a next key alone signs nothing: bootstrap", facts(a_key("n", "next")), Action.BOOTSTRAP, "no key"),
+            ("all keys disabled: bootstrap", facts(a_key("gone", "disabled")), Action.BOOTSTRAP, "no key"),
+            ("where a key is current, nothing is done", facts(a_key()), Action.NOTHING, "has a key"),
+            ("also while a rotation is open", facts(a_key(), work=a_rotation()), Action.NOTHING, "has a key"),
+            ("two at once: the second finds the first at work", facts(work=a_rotation("bootstrap")), Action.WAIT, "busy"),
+            ("F1: one that died before its promotion is finished", facts(work=a_rotation("bootstrap", lease_until=NOW)), Action.RESUME, "unfinished"),
+            (
+                "F1: one that died after its promotion is finished, too",
+                facts(a_key(), work=a_rotation("bootstrap", lease_until=NOW)),
+                Action.RESUME,
+                "unfinished",
+            ),
+            ("on hold, no key is made", facts(hold=a_hold()), Action.ON_HOLD, "on hold"),
+            ("an emergency is left alone", facts(work=a_rotation("emergency")), Action.NOTHING, "emergency"),
+        ],
+    )
     def test_stories(self, sentence: str, found: Facts, action: Action, reason: str) -> None:
         """Each story ends with an action and its reason word."""
         decision = decide_bootstrap(found, PERSON)
@@ -121,7 +157,9 @@ class TestBootstrap:
 DEMOTED = NOW - 3 * DAY
 
 
-def clean(key: Key | None = None, found: Facts | None = None, policy: Policy | None = None, seen: Seen | None = None, made_for: datetime | None = None) -> Cleanup:
+def clean(
+    key: Key | None = None, found: Facts | None = None, policy: Policy | None = None, seen: Seen | None = None, made_for: datetime | None = None
+) -> Cleanup:
     key = key or a_key("old", "previous")
     return may_clean_up(found or facts(key), key, policy or a_policy(), seen or Seen(), made_for)
 
@@ -129,23 +167,34 @@ def clean(key: Key | None = None, found: Facts | None = None, policy: Policy | N
 class TestCleanup:
     """may_clean_up."""
 
-    @pytest.mark.parametrize(("sentence", "cleanup", "reason"), [
-        ("three days after its demotion, a key goes", lambda: clean(), "due"),
-        ("what is disabled already is success", lambda: clean(a_key("old", "disabled")), "already done"),
-        ("F52: a key that was rolled back to is current, and stays", lambda: clean(a_key("old")), "in use"),
-        ("a next key is not cleaned up", lambda: clean(a_key("old", "next")), "in use"),
-        ("F53: a cleanup of an earlier demotion is not this one's", lambda: clean(made_for=DEMOTED - TICK), "another demotion"),
-        ("a cleanup of this demotion is", lambda: clean(made_for=DEMOTED), "due"),
-        ("on hold, nothing is cleaned up", lambda: clean(found=facts(a_key("old", "previous"), a_key("new"), hold=a_hold())), "on hold"),
-        ("a key on hold is kept", lambda: clean(a_key("old", "previous", cleanup_hold="unproven")), "on hold"),
-        ("F40: while an emergency is open, nothing is cleaned up", lambda: clean(found=facts(a_key("old", "previous"), a_key("new"), work=a_rotation("emergency"))), "emergency"),
-        ("an open rotation is no obstacle", lambda: clean(found=facts(a_key("old", "previous"), a_key("new"), work=a_rotation())), "due"),
-        ("F76: a demotion that nobody has confirmed has no deadline yet", lambda: clean(a_key("old", "previous", demoted_seen_at=None, retain_until=None)), "too early"),
-        ("F54: a live token that lives longer than configured stops it", lambda: clean(seen=Seen(token_lifetime=HOUR + TICK)), "tokens live longer"),
-        ("a live token of just the configured life does not", lambda: clean(seen=Seen(token_lifetime=HOUR)), "due"),
-        ("the database's own retention counts where it is later", lambda: clean(a_key("old", "previous", retain_until=NOW + SECOND)), "too early"),
-        ("tokens of a week are waited for, whatever cleanup_after says", lambda: clean(policy=a_policy(token_lifetime=7 * DAY)), "too early"),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "cleanup", "reason"),
+        [
+            ("three days after its demotion, a key goes", lambda: clean(), "due"),
+            ("what is disabled already is success", lambda: clean(a_key("old", "disabled")), "already done"),
+            ("F52: a key that was rolled back to is current, and stays", lambda: clean(a_key("old")), "in use"),
+            ("a next key is not cleaned up", lambda: clean(a_key("old", "next")), "in use"),
+            ("F53: a cleanup of an earlier demotion is not this one's", lambda: clean(made_for=DEMOTED - TICK), "another demotion"),
+            ("a cleanup of this demotion is", lambda: clean(made_for=DEMOTED), "due"),
+            ("on hold, nothing is cleaned up", lambda: clean(found=facts(a_key("old", "previous"), a_key("new"), hold=a_hold())), "on hold"),
+            ("a key on hold is kept", lambda: clean(a_key("old", "previous", cleanup_hold="unproven")), "on hold"),
+            (
+                "F40: while an emergency is open, nothing is cleaned up",
+                lambda: clean(found=facts(a_key("old", "previous"), a_key("new"), work=a_rotation("emergency"))),
+                "emergency",
+            ),
+            ("an open rotation is no obstacle", lambda: clean(found=facts(a_key("old", "previous"), a_key("new"), work=a_rotation())), "due"),
+            (
+                "F76: a demotion that nobody has confirmed has no deadline yet",
+                lambda: clean(a_key("old", "previous", demoted_seen_at=None, retain_until=None)),
+                "too early",
+            ),
+            ("F54: a live token that lives longer than configured stops it", lambda: clean(seen=Seen(token_lifetime=HOUR + TICK)), "tokens live longer"),
+            ("a live token of just the configured life does not", lambda: clean(seen=Seen(token_lifetime=HOUR)), "due"),
+            ("the database's own retention counts where it is later", lambda: clean(a_key("old", "previous", retain_until=NOW + SECOND)), "too early"),
+            ("tokens of a week are waited for, whatever cleanup_after says", lambda: clean(policy=a_policy(token_lifetime=7 * DAY)), "too early"),
+        ],
+    )
     def test_stories(self, sentence: str, cleanup: Callable[[], Cleanup], reason: str) -> None:
         """Each story ends with a reason word; only `due` allows it."""
         told = cleanup()
@@ -171,11 +220,17 @@ class TestCleanup:
     def test_the_message_shows_the_sum(self) -> None:
         """Until when, and how that came about."""
         told = clean(a_key("old", "previous", demoted_seen_at=NOW - DAY, retain_until=None))
-        assert told.message == ("key old is not cleaned up before 2026-01-07 03:00:00 UTC: 2026-01-07 03:00:00 UTC = demoted 2026-01-05 03:00:00 UTC + cleanup_after 2d")
+        assert told.message == (
+            "key old is not cleaned up before 2026-01-07 03:00:00 UTC: 2026-01-07 03:00:00 UTC = demoted 2026-01-05 03:00:00 UTC + cleanup_after 2d"
+        )
         assert told.until is not None
         assert told.until.instant == NOW + DAY
 
-    @given(st.timedeltas(min_value=timedelta(0), max_value=20 * DAY), st.timedeltas(min_value=SECOND, max_value=10 * DAY), st.none() | st.timedeltas(min_value=SECOND, max_value=10 * DAY))
+    @given(
+        st.timedeltas(min_value=timedelta(0), max_value=20 * DAY),
+        st.timedeltas(min_value=SECOND, max_value=10 * DAY),
+        st.none() | st.timedeltas(min_value=SECOND, max_value=10 * DAY),
+    )
     def test_i07_no_key_goes_before_its_last_token_is_dead(self, since: timedelta, lifetime: timedelta, seen: timedelta | None) -> None:
         """Whatever the figures: where it is allowed, key cache, token life and skew have passed since the demotion was seen."""
         policy = a_policy(token_lifetime=lifetime)
@@ -188,7 +243,7 @@ class TestCleanup:
 # ------------------------------------------------------------------------------------------------ twenty years of each schedule (I21, F61, F62)
 
 BEGIN, END = datetime(2026, 1, 1, tzinfo=UTC), datetime(2046, 1, 1, tzinfo=UTC)
-TAKES = 25 * MINUTE                        # from a run's look to its promotion
+TAKES = 25 * MINUTE  # from a run's look to its promotion
 
 
 def every(step: timedelta, first: datetime) -> Iterator[datetime]:
@@ -219,8 +274,11 @@ SCHEDULES = {
     "staging": (every_two_weeks, {"rrule": "DTSTART:20260105T030000\nRRULE:FREQ=WEEKLY;INTERVAL=2;BYDAY=MO"}),
     "production": (weekly, {"cron": "0 3 * * 2"}),
 }
-every_schedule = pytest.mark.parametrize(("environment", "slots"), [
-    *((name, slots()) for name, (slots, _) in SCHEDULES.items()), ("production", weekly_by_the_sun())], ids=[*SCHEDULES, "production with summer time"])
+every_schedule = pytest.mark.parametrize(
+    ("environment", "slots"),
+    [*((name, slots()) for name, (slots, _) in SCHEDULES.items()), ("production", weekly_by_the_sun())],
+    ids=[*SCHEDULES, "production with summer time"],
+)
 
 
 @pytest.fixture
@@ -321,7 +379,7 @@ class TestSchedules:
 
     def test_old_enough_alone_would_skip_every_second_week(self) -> None:
         """Why it is half an interval: a whole one is missed by the minutes that a rotation takes."""
-        twice = a_policy(rotate_every=14 * DAY)            # its half is the week between two slots
+        twice = a_policy(rotate_every=14 * DAY)  # its half is the week between two slots
         slots = weekly()[:52]
         assert sum(by_slot(slots, rotations(twice, slots, slots[0] - 7 * DAY))) == 26
 

@@ -95,8 +95,14 @@ CORPUS: list[tuple[str, bytes, str]] = [
     ("F29: the same key twice", body(KEY, KEY), "twice"),
     ("F29: another key under a known kid", body({**OTHER, "kid": KEY["kid"]}), "another public key under the kid"),
     ("F29: a name of somebody's choice", body({**KEY, "kid": "2026-01"}), "a kid is the thumbprint of its key"),
-    *((f"F29: the private member {member}", body({**KEY, member: "c2VjcmV0"}), f"PRIVATE half of key {KEY['kid']} \\(member '{member}'\\): treat the key as compromised")
-      for member in PRIVATE_MEMBERS),
+    *(
+        (
+            f"F29: the private member {member}",
+            body({**KEY, member: "c2VjcmV0"}),
+            f"PRIVATE half of key {KEY['kid']} \\(member '{member}'\\): treat the key as compromised",
+        )
+        for member in PRIVATE_MEMBERS
+    ),
     ("F29: a private member that is empty", body({**KEY, "d": None}), "PRIVATE half"),
     ("F29: RSA", body({"kty": "RSA", "kid": "r", "n": "AQAB", "e": "AQAB", "alg": "RS256"}), r"another kind \(RSA RS256\)"),
     ("F29: a shared secret", body({"kty": "oct", "kid": "o", "k": "c2VjcmV0"}), "PRIVATE half of key o"),
@@ -174,14 +180,18 @@ class TestBad:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(list(KEY.values())),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*KEY, "d", "k", "keys"]) | st.text(max_size=4), inner, max_size=5), max_leaves=16)
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*KEY, "d", "k", "keys"]) | st.text(max_size=4), inner, max_size=5),
+    max_leaves=16,
+)
 mutants = st.dictionaries(st.sampled_from(list(KEY)), json_values, max_size=3).map(lambda changed: {**KEY, **changed})
 
 
 class TestAnything:
     """Whatever comes: a set of ours, or BadAnswer."""
 
-    @given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()) | st.lists(mutants, max_size=3).map(lambda entries: body(*entries)))
+    @given(
+        st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()) | st.lists(mutants, max_size=3).map(lambda entries: body(*entries))
+    )
     def test_nothing_else_is_ever_raised(self, octets: bytes) -> None:
         """I25: any octets, any JSON, any change of a good key."""
         try:
@@ -200,13 +210,21 @@ class TestDifferences:
         """No sentence where all is well."""
         assert parse_jwks(body(KEY, OTHER)).differences(frozenset({KEY["kid"], OTHER["kid"]})) == []
 
-    @pytest.mark.parametrize(("sentence", "served", "expected", "compromised", "said"), [
-        ("one is missing", "a", "ab", "", ["the JWKS lacks key b"]),
-        ("one is too many", "ab", "a", "", ["the JWKS holds key b, which the database does not publish"]),
-        ("I8: a compromised one is called by its name, once", "ab", "a", "b", ["the compromised key b is still published"]),
-        ("all at once, the compromised first", "bc", "a", "b", [
-            "the compromised key b is still published", "the JWKS holds key c, which the database does not publish", "the JWKS lacks key a"]),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "served", "expected", "compromised", "said"),
+        [
+            ("one is missing", "a", "ab", "", ["the JWKS lacks key b"]),
+            ("one is too many", "ab", "a", "", ["the JWKS holds key b, which the database does not publish"]),
+            ("I8: a compromised one is called by its name, once", "ab", "a", "b", ["the compromised key b is still published"]),
+            (
+                "all at once, the compromised first",
+                "bc",
+                "a",
+                "b",
+                ["the compromised key b is still published", "the JWKS holds key c, which the database does not publish", "the JWKS lacks key a"],
+            ),
+        ],
+    )
     def test_stories(self, sentence: str, served: str, expected: str, compromised: str, said: list[str]) -> None:
         """One sentence for each key that is there and should not be, or the other way round."""
         assert Jwks({kid: KEY for kid in served}).differences(frozenset(expected), frozenset(compromised)) == said, sentence

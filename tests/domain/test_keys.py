@@ -44,7 +44,15 @@ class TestRing:
 
     def test_a_full_ring(self) -> None:
         """One next, one current, any number of previous ones, oldest demotion first."""
-        ring = KeyRing.of([a_key("p2", "previous", demoted_at=NOW - DAY), a_key("c"), a_key("gone", "disabled"), a_key("n", "next"), a_key("p1", "previous", demoted_at=NOW - 2 * DAY)])
+        ring = KeyRing.of(
+            [
+                a_key("p2", "previous", demoted_at=NOW - DAY),
+                a_key("c"),
+                a_key("gone", "disabled"),
+                a_key("n", "next"),
+                a_key("p1", "previous", demoted_at=NOW - 2 * DAY),
+            ]
+        )
         assert (ring.require_current().kid, ring.next and ring.next.kid, [key.kid for key in ring.previous]) == ("c", "n", ["p1", "p2"])
         assert ring.published == {"n", "c", "p1", "p2"}
 

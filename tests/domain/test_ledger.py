@@ -25,8 +25,22 @@ def a_ledger(length: int = 6) -> list[Entry]:
     """Entries as PostgreSQL would have written them."""
     entries, head = [], GENESIS
     for seq in range(1, length + 1):
-        entry = Entry(seq, f"2026-01-06T03:00:{seq:02}.000000Z", "production", 7, f"kid-{seq}" if seq % 2 else None, EVENTS[seq % len(EVENTS)], None,
-                      "next" if seq == 2 else None, "schedule", "run-1", f"reason {seq}", '{"db_user": "rotator"}', "", "")
+        entry = Entry(
+            seq,
+            f"2026-01-06T03:00:{seq:02}.000000Z",
+            "production",
+            7,
+            f"kid-{seq}" if seq % 2 else None,
+            EVENTS[seq % len(EVENTS)],
+            None,
+            "next" if seq == 2 else None,
+            "schedule",
+            "run-1",
+            f"reason {seq}",
+            '{"db_user": "rotator"}',
+            "",
+            "",
+        )
         entries.append(chained(entry, head))
         head = entries[-1].hash
     return entries
@@ -66,14 +80,30 @@ class TestChain:
         assert broken_links(a_ledger()) == []
         assert broken_links([]) == []
 
-    @pytest.mark.parametrize(("deed", "expected"), [
-        (edited, ["entry 3 was edited: its content does not match its hash"]),
-        (removed, ["entry 3 is missing: after 2 comes 4"]),
-        (swapped, ["entry 3 is missing: after 2 comes 4", "entry 3 comes after entry 4: it was inserted, repeated or moved", "entry 4 is missing: after 3 comes 5"]),
-        (inserted, ["entry 3 comes after entry 3: it was inserted, repeated or moved"]),
-        (forged, ["entry 4 does not follow entry 3: one of the two was exchanged"]),
-        (removed_and_renumbered, ["entry 3 does not follow entry 2: one of the two was exchanged", *(f"entry {seq} was edited: its content does not match its hash" for seq in (3, 4, 5))]),
-    ])
+    @pytest.mark.parametrize(
+        ("deed", "expected"),
+        [
+            (edited, ["entry 3 was edited: its content does not match its hash"]),
+            (removed, ["entry 3 is missing: after 2 comes 4"]),
+            (
+                swapped,
+                [
+                    "entry 3 is missing: after 2 comes 4",
+                    "entry 3 comes after entry 4: it was inserted, repeated or moved",
+                    "entry 4 is missing: after 3 comes 5",
+                ],
+            ),
+            (inserted, ["entry 3 comes after entry 3: it was inserted, repeated or moved"]),
+            (forged, ["entry 4 does not follow entry 3: one of the two was exchanged"]),
+            (
+                removed_and_renumbered,
+                [
+                    "entry 3 does not follow entry 2: one of the two was exchanged",
+                    *(f"entry {seq} was edited: its content does not match its hash" for seq in (3, 4, 5)),
+                ],
+            ),
+        ],
+    )
     def test_each_deed_is_named_by_its_number(self, deed: Callable[[list[Entry], int], None], expected: list[str]) -> None:
         """Edited, removed, reordered, inserted, forged, renumbered: the third entry's turn."""
         entries = a_ledger()
@@ -125,8 +155,10 @@ class TestEncoding:
     def test_a_worked_example(self) -> None:
         """Each column as name=length:value or name-, a line each, lengths in UTF-8 octets, SHA-256 over all."""
         entry = Entry(1, "2026-01-06T03:00:00.000000Z", "dev", None, None, "opened", None, None, "Zoë", None, "", "{}", GENESIS, "")
-        octets = (b"seq=1:1\nat=27:2026-01-06T03:00:00.000000Z\nenvironment=3:dev\nrotation_id-\nkid-\nevent=6:opened\nold_status-\nnew_status-\n"
-                  b"actor=4:Zo\xc3\xab\nflow_run_id-\nreason=0:\nevidence=2:{}\nprevious_hash=64:" + b"0" * 64 + b"\n")
+        octets = (
+            b"seq=1:1\nat=27:2026-01-06T03:00:00.000000Z\nenvironment=3:dev\nrotation_id-\nkid-\nevent=6:opened\nold_status-\nnew_status-\n"
+            b"actor=4:Zo\xc3\xab\nflow_run_id-\nreason=0:\nevidence=2:{}\nprevious_hash=64:" + b"0" * 64 + b"\n"
+        )
         assert entry.computed_hash() == hashlib.sha256(octets).hexdigest()
 
     def test_nothing_and_an_empty_text_differ(self) -> None:
@@ -134,8 +166,12 @@ class TestEncoding:
         entry = a_ledger()[0]
         assert replace(entry, reason=None).computed_hash() != replace(entry, reason="").computed_hash()
 
-    @given(st.text(alphabet="a=:-0123456789\n", max_size=12), st.text(alphabet="a=:-0123456789\n", max_size=12), st.text(alphabet="a=:-0123456789\n", max_size=12),
-           st.text(alphabet="a=:-0123456789\n", max_size=12))
+    @given(
+        st.text(alphabet="a=:-0123456789\n", max_size=12),
+        st.text(alphabet="a=:-0123456789\n", max_size=12),
+        st.text(alphabet="a=:-0123456789\n", max_size=12),
+        st.text(alphabet="a=:-0123456789\n", max_size=12),
+    )
     def test_no_text_passes_for_the_next_field(self, actor: str, reason: str, other_actor: str, other_reason: str) -> None:
         """Two entries with different fields never have the same octets, whatever stands in them."""
         entry = a_ledger(1)[0]

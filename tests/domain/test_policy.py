@@ -23,22 +23,35 @@ positive = st.timedeltas(min_value=TICK, max_value=90 * DAY)
 instants = st.datetimes(min_value=datetime(2020, 1, 1), max_value=datetime(2060, 1, 1), timezones=st.just(UTC))
 sights = st.builds(Seen, st.none() | durations, st.none() | durations)
 policies = st.builds(
-    Policy, rotate_every=positive, max_key_age=positive, token_lifetime=positive, clock_skew=durations, cleanup_after=positive, cache_time=positive,
-    key_cache=durations, max_age_limit=st.just(90 * DAY), shared_cache=st.booleans(), lease=positive)
+    Policy,
+    rotate_every=positive,
+    max_key_age=positive,
+    token_lifetime=positive,
+    clock_skew=durations,
+    cleanup_after=positive,
+    cache_time=positive,
+    key_cache=durations,
+    max_age_limit=st.just(90 * DAY),
+    shared_cache=st.booleans(),
+    lease=positive,
+)
 
 
 class TestSeenEverywhere:
     """published + identity service's key cache (+ the JWKS max-age, where a cache is shared)."""
 
-    @pytest.mark.parametrize(("sentence", "settings", "seen", "expected"), [
-        ("a key cache of a minute is waited for", {}, Seen(), MINUTE),
-        ("without any cache, a key is served at once", {"key_cache": ZERO}, Seen(), ZERO),
-        ("a max-age that no shared cache heeds does not count", {}, Seen(jwks_max_age=20 * MINUTE), MINUTE),
-        ("a shared cache's max-age counts as it is served", {"shared_cache": True}, Seen(jwks_max_age=20 * MINUTE), 21 * MINUTE),
-        ("a max-age of nought adds nothing", {"shared_cache": True}, Seen(jwks_max_age=ZERO), MINUTE),
-        ("a shared cache whose max-age nobody has seen counts as the limit", {"shared_cache": True}, Seen(), 61 * MINUTE),
-        ("a max-age at the limit is allowed", {"shared_cache": True}, Seen(jwks_max_age=HOUR), 61 * MINUTE),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "settings", "seen", "expected"),
+        [
+            ("a key cache of a minute is waited for", {}, Seen(), MINUTE),
+            ("without any cache, a key is served at once", {"key_cache": ZERO}, Seen(), ZERO),
+            ("a max-age that no shared cache heeds does not count", {}, Seen(jwks_max_age=20 * MINUTE), MINUTE),
+            ("a shared cache's max-age counts as it is served", {"shared_cache": True}, Seen(jwks_max_age=20 * MINUTE), 21 * MINUTE),
+            ("a max-age of nought adds nothing", {"shared_cache": True}, Seen(jwks_max_age=ZERO), MINUTE),
+            ("a shared cache whose max-age nobody has seen counts as the limit", {"shared_cache": True}, Seen(), 61 * MINUTE),
+            ("a max-age at the limit is allowed", {"shared_cache": True}, Seen(jwks_max_age=HOUR), 61 * MINUTE),
+        ],
+    )
     def test_stories(self, sentence: str, settings: dict[str, Any], seen: Seen, expected: timedelta) -> None:
         """Each story ends at the instant that its sentence says."""
         assert a_policy(**settings).seen_everywhere(NOW, seen).instant == NOW + expected, sentence
@@ -61,7 +74,12 @@ class TestMayPromote:
     def test_it_is_the_sum_of_four(self) -> None:
         """Key cache, max-age, gateway cache and skew, each under its name."""
         total = a_policy(shared_cache=True).may_promote(NOW, Seen(jwks_max_age=5 * MINUTE))
-        assert total.terms == (("identity service's key cache", MINUTE), ("JWKS max-age", 5 * MINUTE), ("gateway cache", 15 * MINUTE), ("clock skew", 30 * SECOND))
+        assert total.terms == (
+            ("identity service's key cache", MINUTE),
+            ("JWKS max-age", 5 * MINUTE),
+            ("gateway cache", 15 * MINUTE),
+            ("clock skew", 30 * SECOND),
+        )
         assert total.instant == NOW + 21 * MINUTE + 30 * SECOND
 
     @given(policies, instants, sights)
@@ -85,16 +103,19 @@ class TestMayPromote:
 class TestMayCleanUp:
     """demoted + max(cleanup_after, key cache + token lifetime + clock skew)."""
 
-    @pytest.mark.parametrize(("sentence", "settings", "seen", "expected"), [
-        ("48 hours are enough for tokens of an hour", {}, Seen(), 48 * HOUR),
-        ("a live token that lives shorter changes nothing", {}, Seen(token_lifetime=MINUTE), 48 * HOUR),
-        ("tokens that outlive cleanup_after are waited for", {"token_lifetime": 72 * HOUR}, Seen(), 72 * HOUR + 90 * SECOND),
-        ("a live token that lives longer than configured is waited for", {}, Seen(token_lifetime=72 * HOUR), 72 * HOUR + 90 * SECOND),
-        ("of setting and sight the longer counts", {"token_lifetime": 72 * HOUR}, Seen(token_lifetime=HOUR), 72 * HOUR + 90 * SECOND),
-        ("a retention of just cleanup_after is cleanup_after", {"token_lifetime": 48 * HOUR - 90 * SECOND}, Seen(), 48 * HOUR),
-        ("one microsecond more is the sum", {"token_lifetime": 48 * HOUR - 90 * SECOND + TICK}, Seen(), 48 * HOUR + TICK),
-        ("the gateways' cache is no part of it: their tokens are dead by then", {"cache_time": 90 * HOUR}, Seen(), 48 * HOUR),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "settings", "seen", "expected"),
+        [
+            ("48 hours are enough for tokens of an hour", {}, Seen(), 48 * HOUR),
+            ("a live token that lives shorter changes nothing", {}, Seen(token_lifetime=MINUTE), 48 * HOUR),
+            ("tokens that outlive cleanup_after are waited for", {"token_lifetime": 72 * HOUR}, Seen(), 72 * HOUR + 90 * SECOND),
+            ("a live token that lives longer than configured is waited for", {}, Seen(token_lifetime=72 * HOUR), 72 * HOUR + 90 * SECOND),
+            ("of setting and sight the longer counts", {"token_lifetime": 72 * HOUR}, Seen(token_lifetime=HOUR), 72 * HOUR + 90 * SECOND),
+            ("a retention of just cleanup_after is cleanup_after", {"token_lifetime": 48 * HOUR - 90 * SECOND}, Seen(), 48 * HOUR),
+            ("one microsecond more is the sum", {"token_lifetime": 48 * HOUR - 90 * SECOND + TICK}, Seen(), 48 * HOUR + TICK),
+            ("the gateways' cache is no part of it: their tokens are dead by then", {"cache_time": 90 * HOUR}, Seen(), 48 * HOUR),
+        ],
+    )
     def test_stories(self, sentence: str, settings: dict[str, Any], seen: Seen, expected: timedelta) -> None:
         """Each story ends at the instant that its sentence says."""
         assert a_policy(**settings).may_clean_up(NOW, seen).instant == NOW + expected, sentence
@@ -128,12 +149,14 @@ class TestExplain:
     def test_a_promotion(self) -> None:
         """Instant, start, and each term that is not nought."""
         assert a_policy(key_cache=ZERO).may_promote(NOW).explain() == (
-            "2026-01-06 03:15:30 UTC = published 2026-01-06 03:00:00 UTC + gateway cache 15m + clock skew 30s")
+            "2026-01-06 03:15:30 UTC = published 2026-01-06 03:00:00 UTC + gateway cache 15m + clock skew 30s"
+        )
 
     def test_a_cleanup_that_was_raised(self) -> None:
         """The terms of the sum are shown, where it is longer than cleanup_after."""
         assert a_policy(cleanup_after=HOUR).may_clean_up(NOW).explain() == (
-            "2026-01-06 04:01:30 UTC = demoted 2026-01-06 03:00:00 UTC + identity service's key cache 1m + token lifetime 1h + clock skew 30s")
+            "2026-01-06 04:01:30 UTC = demoted 2026-01-06 03:00:00 UTC + identity service's key cache 1m + token lifetime 1h + clock skew 30s"
+        )
 
     def test_a_cleanup_by_the_setting(self) -> None:
         """cleanup_after alone, where it is the longer one."""
@@ -164,10 +187,23 @@ def _duration(text: str) -> timedelta:
 class TestShow:
     """Durations and instants as people write them."""
 
-    @pytest.mark.parametrize(("duration", "expected"), [
-        (ZERO, "0s"), (0.5 * SECOND, "0.5s"), (9 * SECOND, "9s"), (12.4 * SECOND, "12s"), (MINUTE, "1m"), (90 * SECOND, "1m 30s"), (15 * MINUTE, "15m"),
-        (HOUR, "1h"), (48 * HOUR, "2d"), (DAY + HOUR + MINUTE, "1d 1h"), (-90 * SECOND, "-1m 30s"), (60 * MINUTE - TICK, "1h"),
-    ])
+    @pytest.mark.parametrize(
+        ("duration", "expected"),
+        [
+            (ZERO, "0s"),
+            (0.5 * SECOND, "0.5s"),
+            (9 * SECOND, "9s"),
+            (12.4 * SECOND, "12s"),
+            (MINUTE, "1m"),
+            (90 * SECOND, "1m 30s"),
+            (15 * MINUTE, "15m"),
+            (HOUR, "1h"),
+            (48 * HOUR, "2d"),
+            (DAY + HOUR + MINUTE, "1d 1h"),
+            (-90 * SECOND, "-1m 30s"),
+            (60 * MINUTE - TICK, "1h"),
+        ],
+    )
     def test_durations(self, duration: timedelta, expected: str) -> None:
         """At most two units, the largest ones."""
         assert show(duration) == expected
@@ -187,7 +223,10 @@ class TestShow:
 class TestDue:
     """A slot rotates a key that is at least half an interval old."""
 
-    @pytest.mark.parametrize(("policy", "age"), [(a_policy(rotate_every=7 * DAY), 3.5 * DAY), (a_policy(rotate_every=14 * DAY), 7 * DAY), (a_policy(rotate_every=30 * DAY), 15 * DAY)])
+    @pytest.mark.parametrize(
+        ("policy", "age"),
+        [(a_policy(rotate_every=7 * DAY), 3.5 * DAY), (a_policy(rotate_every=14 * DAY), 7 * DAY), (a_policy(rotate_every=30 * DAY), 15 * DAY)],
+    )
     def test_half_an_interval(self, policy: Policy, age: timedelta) -> None:
         """Weekly, every two weeks, monthly."""
         assert policy.due_after == age

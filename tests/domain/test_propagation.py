@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from keyrotation.domain.propagation import Answer, Observation, classify, judge, probes_needed
 
 GATEWAYS = ("gw1", "gw2", "gw3")
-observations = st.lists(st.builds(Observation, st.sampled_from(GATEWAYS), st.sampled_from(Answer), st.sampled_from(["HTTP 200", "HTTP 401", "does not answer"])), max_size=12)
+observations = st.lists(
+    st.builds(Observation, st.sampled_from(GATEWAYS), st.sampled_from(Answer), st.sampled_from(["HTTP 200", "HTTP 401", "does not answer"])), max_size=12
+)
 
 
 def seen(gateway: str, *answers: str) -> list[Observation]:
@@ -21,26 +23,29 @@ def seen(gateway: str, *answers: str) -> list[Observation]:
 class TestClassify:
     """A status, and the reason beside it."""
 
-    @pytest.mark.parametrize(("sentence", "status", "reason", "expected"), [
-        ("a 200 accepts the key", 200, "", "accepted"),
-        ("a 200 accepts whatever its body says", 200, "the token expired yesterday, said the page", "accepted"),
-        ("a 401 refuses the key", 401, "", "refused"),
-        ("Envoy does not know the kid", 401, "Jwks doesn't have key to match kid or alg from Jwt", "refused"),
-        ("Envoy finds the signature wrong", 401, "Jwt verification fails", "refused"),
-        ("F37: a token of a clock that is ahead is no word about its key", 401, "Jwt not yet valid", "unproven"),
-        ("F37: PyJWT's words for iat in the future", 401, "The token is not yet valid (iat)", "unproven"),
-        ("F37: golang-jwt's words for iat in the future", 401, "Token used before issued", "unproven"),
-        ("F37: golang-jwt's words for nbf in the future", 401, "token is not valid yet: token is not active yet", "unproven"),
-        ("F37: another's words for iat in the future", 401, "iat is in the future", "unproven"),
-        ("an expired token is no word about its key", 401, "Jwt is expired", "unproven"),
-        ("F32: a gateway that could not fetch the set", 401, "Jwks remote fetch is failed", "unproven"),
-        ("a gateway that takes its token from elsewhere saw none", 401, "Jwt is missing", "unproven"),
-        ("F79: the audience is refused, the key is not", 403, "Audiences in Jwt are not allowed", "unproven"),
-        ("F79: somebody limits the rate", 429, "", "unproven"),
-        ("F79: nobody is behind the route", 503, "no healthy upstream", "unproven"),
-        ("a redirect is no acceptance", 302, "", "unproven"),
-        ("neither is another success", 204, "", "unproven"),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "status", "reason", "expected"),
+        [
+            ("a 200 accepts the key", 200, "", "accepted"),
+            ("a 200 accepts whatever its body says", 200, "the token expired yesterday, said the page", "accepted"),
+            ("a 401 refuses the key", 401, "", "refused"),
+            ("Envoy does not know the kid", 401, "Jwks doesn't have key to match kid or alg from Jwt", "refused"),
+            ("Envoy finds the signature wrong", 401, "Jwt verification fails", "refused"),
+            ("F37: a token of a clock that is ahead is no word about its key", 401, "Jwt not yet valid", "unproven"),
+            ("F37: PyJWT's words for iat in the future", 401, "The token is not yet valid (iat)", "unproven"),
+            ("F37: golang-jwt's words for iat in the future", 401, "Token used before issued", "unproven"),
+            ("F37: golang-jwt's words for nbf in the future", 401, "token is not valid yet: token is not active yet", "unproven"),
+            ("F37: another's words for iat in the future", 401, "iat is in the future", "unproven"),
+            ("an expired token is no word about its key", 401, "Jwt is expired", "unproven"),
+            ("F32: a gateway that could not fetch the set", 401, "Jwks remote fetch is failed", "unproven"),
+            ("a gateway that takes its token from elsewhere saw none", 401, "Jwt is missing", "unproven"),
+            ("F79: the audience is refused, the key is not", 403, "Audiences in Jwt are not allowed", "unproven"),
+            ("F79: somebody limits the rate", 429, "", "unproven"),
+            ("F79: nobody is behind the route", 503, "no healthy upstream", "unproven"),
+            ("a redirect is no acceptance", 302, "", "unproven"),
+            ("neither is another success", 204, "", "unproven"),
+        ],
+    )
     def test_stories(self, sentence: str, status: int, reason: str, expected: str) -> None:
         """Only 200 accepts; only a 401 for the key's sake refuses; all else is unproven."""
         assert classify(status, reason) == expected, sentence
@@ -79,17 +84,20 @@ class TestProbesNeeded:
 class TestJudge:
     """A round of probes."""
 
-    @pytest.mark.parametrize(("sentence", "round_", "needed", "everywhere", "lagging"), [
-        ("nobody was asked: nothing is shown", [], 1, False, ()),
-        ("all accept", [*seen("gw1", "accepted"), *seen("gw2", "accepted")], 1, True, ()),
-        ("one refuses", [*seen("gw1", "accepted"), *seen("gw2", "refused")], 1, False, ("gw2",)),
-        ("one of many probes is refused: a worker thread lags", seen("gw1", "accepted", "accepted", "refused"), 3, False, ("gw1",)),
-        ("F35: one does not answer", [*seen("gw1", "accepted"), *seen("gw2", "unproven")], 1, False, ("gw2",)),
-        ("refused weighs more than unproven", seen("gw1", "unproven", "refused"), 2, False, ("gw1",)),
-        ("too few probes are a sample", seen("gw1", "accepted", "accepted"), 3, False, ("gw1",)),
-        ("just as many as are needed", seen("gw1", "accepted", "accepted", "accepted"), 3, True, ()),
-        ("F79: a route that answers 503 to everybody proves nothing", [*seen("gw1", "unproven"), *seen("gw2", "unproven")], 1, False, ("gw1", "gw2")),
-    ])
+    @pytest.mark.parametrize(
+        ("sentence", "round_", "needed", "everywhere", "lagging"),
+        [
+            ("nobody was asked: nothing is shown", [], 1, False, ()),
+            ("all accept", [*seen("gw1", "accepted"), *seen("gw2", "accepted")], 1, True, ()),
+            ("one refuses", [*seen("gw1", "accepted"), *seen("gw2", "refused")], 1, False, ("gw2",)),
+            ("one of many probes is refused: a worker thread lags", seen("gw1", "accepted", "accepted", "refused"), 3, False, ("gw1",)),
+            ("F35: one does not answer", [*seen("gw1", "accepted"), *seen("gw2", "unproven")], 1, False, ("gw2",)),
+            ("refused weighs more than unproven", seen("gw1", "unproven", "refused"), 2, False, ("gw1",)),
+            ("too few probes are a sample", seen("gw1", "accepted", "accepted"), 3, False, ("gw1",)),
+            ("just as many as are needed", seen("gw1", "accepted", "accepted", "accepted"), 3, True, ()),
+            ("F79: a route that answers 503 to everybody proves nothing", [*seen("gw1", "unproven"), *seen("gw2", "unproven")], 1, False, ("gw1", "gw2")),
+        ],
+    )
     def test_stories(self, sentence: str, round_: list[Observation], needed: int, everywhere: bool, lagging: tuple[str, ...]) -> None:
         """Who accepts everywhere, and who lags."""
         verdict = judge(round_, needed)

@@ -101,14 +101,43 @@ class TestGood:
         """cleanup_after 48h, cleanup automatic, no standby, no shared cache, the canary shortens nothing."""
         loaded = load(write())
         policy = loaded.to_policy()
-        assert (policy.cleanup_after, policy.cleanup, policy.keep_standby, policy.shared_cache, policy.canary_shortens_wait) == (48 * HOUR, "automatic", False, False, False)
+        assert (policy.cleanup_after, policy.cleanup, policy.keep_standby, policy.shared_cache, policy.canary_shortens_wait) == (
+            48 * HOUR,
+            "automatic",
+            False,
+            False,
+            False,
+        )
 
     def test_every_duration_reaches_the_policy(self, write: Write) -> None:
         """Each of the file's figures is the one that is calculated with."""
-        policy = load(write(policy__clock_skew='"7s"', policy__cleanup_after='"50h"', identity__max_age_limit='"20m"', identity__shared_cache="true", policy__lease='"45s"',
-                            policy__keep_standby="true", policy__cleanup='"manual"', gateways__canary_shortens_wait="true")).to_policy()
-        assert policy == settings.Policy(rotate_every=7 * DAY, max_key_age=16 * DAY, token_lifetime=HOUR, clock_skew=7 * SECOND, cleanup_after=50 * HOUR, cache_time=15 * MINUTE,
-                                         key_cache=MINUTE, max_age_limit=20 * MINUTE, shared_cache=True, canary_shortens_wait=True, keep_standby=True, cleanup="manual", lease=45 * SECOND)
+        policy = load(
+            write(
+                policy__clock_skew='"7s"',
+                policy__cleanup_after='"50h"',
+                identity__max_age_limit='"20m"',
+                identity__shared_cache="true",
+                policy__lease='"45s"',
+                policy__keep_standby="true",
+                policy__cleanup='"manual"',
+                gateways__canary_shortens_wait="true",
+            )
+        ).to_policy()
+        assert policy == settings.Policy(
+            rotate_every=7 * DAY,
+            max_key_age=16 * DAY,
+            token_lifetime=HOUR,
+            clock_skew=7 * SECOND,
+            cleanup_after=50 * HOUR,
+            cache_time=15 * MINUTE,
+            key_cache=MINUTE,
+            max_age_limit=20 * MINUTE,
+            shared_cache=True,
+            canary_shortens_wait=True,
+            keep_standby=True,
+            cleanup="manual",
+            lease=45 * SECOND,
+        )
 
     @pytest.mark.parametrize("name", ["development", "staging", "production", "sandbox"])
     def test_the_files_of_the_repository_load(self, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,15 +160,28 @@ class TestGood:
 
 
 class TestDurations:
-    """ "48h", "15m", "20s", "500ms", "7d"."""
+    """A number and a unit: "48h", "15m", "20s", "500ms"; "7d"."""
 
-    @pytest.mark.parametrize(("text", "expected"), [
-        ("48h", 48 * HOUR), ("15m", 15 * MINUTE), ("20s", 20 * SECOND), ("7d", 7 * DAY), ("500ms", SECOND / 2), ("1.5h", 90 * MINUTE), (" 5s ", 5 * SECOND), ("0s", timedelta(0))])
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("48h", 48 * HOUR),
+            ("15m", 15 * MINUTE),
+            ("20s", 20 * SECOND),
+            ("7d", 7 * DAY),
+            ("500ms", SECOND / 2),
+            ("1.5h", 90 * MINUTE),
+            (" 5s ", 5 * SECOND),
+            ("0s", timedelta(0)),
+        ],
+    )
     def test_a_number_with_a_unit(self, text: str, expected: timedelta) -> None:
         """Whole or with a point."""
         assert parse_duration(text) == expected
 
-    @pytest.mark.parametrize("value", ["48", "h", "", "48 h", "-1h", "+1h", "1h30m", "1e3s", "48H", "1w", "inf", "1_0s", 48, 48.0, True, None, ["1h"], {"h": 1}, timedelta(1)])
+    @pytest.mark.parametrize(
+        "value", ["48", "h", "", "48 h", "-1h", "+1h", "1h30m", "1e3s", "48H", "1w", "inf", "1_0s", 48, 48.0, True, None, ["1h"], {"h": 1}, timedelta(1)]
+    )
     def test_anything_else_is_refused(self, value: object) -> None:
         """No unit, two units, a sign, another letter, a bare number: each with how it is written."""
         with pytest.raises(ValueError, match='like "48h", "15m", "20s" or "7d"'):
@@ -164,9 +206,19 @@ CORPUS: list[tuple[str, dict[str, Any], str]] = [
     ("a duration without a unit", {"policy__rotate_every": '"7"'}, "policy.rotate_every: '7' is not a duration"),
     ("a bare number", {"policy__rotate_every": "7"}, "policy.rotate_every: 7 is not a duration"),
     ("a negative duration", {"gateways__cache_time": '"-15m"'}, "gateways.cache_time: '-15m' is not a duration"),
-    *((f"{name} of nought", {name.replace(".", "__"): '"0s"'}, f"{name}: a duration must be positive here") for name in (
-        "gateways.cache_time", "identity.max_age_limit", "policy.cleanup_after", "policy.token_lifetime", "policy.rotate_every", "policy.max_key_age",
-        "policy.watch_after_emergency", "policy.lease")),
+    *(
+        (f"{name} of nought", {name.replace(".", "__"): '"0s"'}, f"{name}: a duration must be positive here")
+        for name in (
+            "gateways.cache_time",
+            "identity.max_age_limit",
+            "policy.cleanup_after",
+            "policy.token_lifetime",
+            "policy.rotate_every",
+            "policy.max_key_age",
+            "policy.watch_after_emergency",
+            "policy.lease",
+        )
+    ),
     ("an unknown setting", {"policy__rotate_evry": '"7d"'}, "policy.rotate_evry is not a setting: see docs/settings.md"),
     ("an unknown table", {"polices__x": "1"}, "polices is not a setting"),
     ("an unknown setting in a rung", {"gateways__refresh": '[{ kind = "nudge", nudges = 3 }]'}, "gateways.refresh.0.nudges is not a setting"),
@@ -174,7 +226,11 @@ CORPUS: list[tuple[str, dict[str, Any], str]] = [
     ("a missing table", {"database__url": REMOVE, "database__cleaner_url": REMOVE}, "database is missing"),
     ("the name in the file", {"name": '"staging"'}, "name: the environment's name is the file's name"),
     ("another authority", {"authority": '"vault"'}, "authority: Input should be 'database' or 'api'"),
-    ("a database authority without a sealer", {"sealer__kind": REMOVE, "sealer__key": REMOVE}, 'authority = "database" makes the keys itself and needs a [sealer]'),
+    (
+        "a database authority without a sealer",
+        {"sealer__kind": REMOVE, "sealer__key": REMOVE},
+        'authority = "database" makes the keys itself and needs a [sealer]',
+    ),
     ("an api authority without an admin token", {"authority": '"api"'}, 'authority = "api" needs identity.admin_token'),
     ("a KMS key that is a version", {"sealer__key": '"projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1"'}, "sealer: key must read projects/"),
     ("a vault without its token", {"sealer__kind": '"vault"', "sealer__endpoint": '"http://vault"'}, "sealer: vault needs its endpoint (a URL) and a token"),
@@ -188,14 +244,26 @@ CORPUS: list[tuple[str, dict[str, Any], str]] = [
     ("a probe path that is none", {"gateways__probe_path": '"canary"'}, "gateways.probe_path: "),
     ("an empty probe path", {"gateways__probe_path": '""'}, "gateways.probe_path: "),
     ("no workers", {"gateways__workers": "0"}, "gateways.workers: Input should be greater than or equal to 1"),
-    ("a canary that shortens the wait without a probe route", {"gateways__canary_shortens_wait": "true", "gateways__probe_path": REMOVE}, "gateways.canary_shortens_wait needs a gateways.probe_path"),
+    (
+        "a canary that shortens the wait without a probe route",
+        {"gateways__canary_shortens_wait": "true", "gateways__probe_path": REMOVE},
+        "gateways.canary_shortens_wait needs a gateways.probe_path",
+    ),
     ("a push for fewer gateways than there are", {"gateways__refresh": '[{ kind = "push", files = ["/a", "/b"] }]'}, "a push names 2 files for 1 gateways"),
     ("a push without files", {"gateways__refresh": '[{ kind = "push" }]'}, "a push needs files"),
     ("a webhook without a URL", {"gateways__refresh": '[{ kind = "webhook" }]'}, "a webhook needs its url"),
     ("Slack without a way", {"slack__channel": '"#keys"'}, "slack: give either a bot token (threads) or a webhook"),
     ("Slack by two ways", {"slack__token": '"env:A"', "slack__webhook": '"env:B"'}, "slack: give either"),
-    ("F67: rotating more often than the waits allow", {"policy__rotate_every": '"17m"'}, "policy.rotate_every 17m is shorter than one rotation's waits, 18m 30s"),
-    ("F67: a shared cache that makes the wait too long", {"policy__rotate_every": '"1h"', "identity__shared_cache": "true"}, "is shorter than one rotation's waits, 1h 18m"),
+    (
+        "F67: rotating more often than the waits allow",
+        {"policy__rotate_every": '"17m"'},
+        "policy.rotate_every 17m is shorter than one rotation's waits, 18m 30s",
+    ),
+    (
+        "F67: a shared cache that makes the wait too long",
+        {"policy__rotate_every": '"1h"', "identity__shared_cache": "true"},
+        "is shorter than one rotation's waits, 1h 18m",
+    ),
     ("F67: too old before it is rotated", {"policy__max_key_age": '"6d"'}, "policy.max_key_age 6d is below policy.rotate_every 7d"),
 ]
 
@@ -225,9 +293,18 @@ class TestRefused:
         """The first is named, the others are counted."""
         assert refusal(write(policy__x="1", policy__y="2", policy__z="3")).endswith("(and 2 more)")
 
-    @pytest.mark.parametrize(("content", "words"), [
-        (b"authority = ", "cannot be read"), (b"[identity]\n[identity]\n", "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"x = 1\nx = 2", "cannot be read"),
-        (b"\x00", "cannot be read"), (b"a = " + b"[" * 5000, "cannot be read"), (b"", "identity is missing")])
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"authority = ", "cannot be read"),
+            (b"[identity]\n[identity]\n", "cannot be read"),
+            (b"\xff\xfe", "cannot be read"),
+            (b"x = 1\nx = 2", "cannot be read"),
+            (b"\x00", "cannot be read"),
+            (b"a = " + b"[" * 5000, "cannot be read"),
+            (b"", "identity is missing"),
+        ],
+    )
     def test_bad_toml(self, tmp_path: Path, write: Write, content: bytes, words: str) -> None:
         """Half a line, a table twice, no UTF-8, a nesting bomb, nothing: the file is named."""
         (tmp_path / "staging.toml").write_bytes(content)
@@ -240,9 +317,19 @@ class TestRefused:
         (tmp_path / "staging.toml").mkdir()
         assert "cannot be read" in refusal("staging")
 
-    @given(st.dictionaries(st.sampled_from(["policy", "identity", "gateways", "database", "sealer", "slack", "authority", "name", "x"]),
-                           st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
-                           | st.dictionaries(st.sampled_from(["url", "urls", "kind", "cache_time", "refresh", "token"]), st.integers() | st.text(max_size=5) | st.lists(st.text(max_size=3)))))
+    @given(
+        st.dictionaries(
+            st.sampled_from(["policy", "identity", "gateways", "database", "sealer", "slack", "authority", "name", "x"]),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.text(max_size=5)
+            | st.lists(st.integers(), max_size=2)
+            | st.dictionaries(
+                st.sampled_from(["url", "urls", "kind", "cache_time", "refresh", "token"]), st.integers() | st.text(max_size=5) | st.lists(st.text(max_size=3))
+            ),
+        )
+    )
     def test_any_document_is_refused_in_words(self, document: dict[str, Any]) -> None:
         """Whatever is in a table's place, validation says what is wrong with it."""
         with pytest.raises(ValueError) as refused:
@@ -258,14 +345,37 @@ class TestEnvironments:
         write("staging")
         write("production")
         told = refusal("stagign")
-        assert told == f"there is no environment 'stagign' in {tmp_path} (there are: production, staging); set KEYROTATION_ENVIRONMENTS if its file lies elsewhere"
+        assert (
+            told == f"there is no environment 'stagign' in {tmp_path} (there are: production, staging); set KEYROTATION_ENVIRONMENTS if its file lies elsewhere"
+        )
 
     def test_an_empty_or_missing_folder_says_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where the folder itself is not there."""
         monkeypatch.setenv(settings.ENVIRONMENTS, str(tmp_path / "nowhere"))
         assert "(there are: none)" in refusal("production")
 
-    @pytest.mark.parametrize("name", ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "production.toml", "Production", "-a", "1a", "a b", "a\n", "production\x00", "ü", "a" * 64, "a" * 10_000])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "../x",
+            "..",
+            ".",
+            "",
+            "/etc/passwd",
+            "a/b",
+            "a\\b",
+            "production.toml",
+            "Production",
+            "-a",
+            "1a",
+            "a b",
+            "a\n",
+            "production\x00",
+            "ü",
+            "a" * 64,
+            "a" * 10_000,
+        ],
+    )
     def test_f46_a_name_that_is_a_path_is_none(self, write: Write, tmp_path: Path, name: str) -> None:
         """Refused before any file is looked at, quoted, and cut."""
         (tmp_path.parent / "x.toml").write_text(GOOD)
@@ -290,7 +400,9 @@ class TestWarnings:
         """cleanup_after below the retention's sum: both figures, and why."""
         caplog.set_level(logging.WARNING)
         loaded = load(write(policy__cleanup_after='"1h"'))
-        assert [record.getMessage().partition(": ")[2] for record in caplog.records] == ["policy.cleanup_after 1h is raised to 1h 1m: tokens of the old key may live that long"]
+        assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+            "policy.cleanup_after 1h is raised to 1h 1m: tokens of the old key may live that long"
+        ]
         assert loaded.to_policy().may_clean_up(NOW).duration == HOUR + 90 * SECOND
 
     def test_just_enough_is_no_warning(self, write: Write) -> None:
@@ -302,8 +414,22 @@ class TestWarnings:
 class TestSecrets:
     """References, never values."""
 
-    @pytest.mark.parametrize("name", ["database__url", "database__cleaner_url", "database__auditor_url", "identity__client_secret", "identity__admin_token", "sealer__token", "slack__token"])
-    @pytest.mark.parametrize("value", [f"postgresql://rotator:{PLANTED}@host/db", PLANTED, f"xoxb-{PLANTED}", f"https://hooks.slack.com/{PLANTED}", f"ENV:{PLANTED}", f"vault:{PLANTED}"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "database__url",
+            "database__cleaner_url",
+            "database__auditor_url",
+            "identity__client_secret",
+            "identity__admin_token",
+            "sealer__token",
+            "slack__token",
+        ],
+    )
+    @pytest.mark.parametrize(
+        "value",
+        [f"postgresql://rotator:{PLANTED}@host/db", PLANTED, f"xoxb-{PLANTED}", f"https://hooks.slack.com/{PLANTED}", f"ENV:{PLANTED}", f"vault:{PLANTED}"],
+    )
     def test_i05_a_value_in_the_place_of_a_reference_is_not_quoted(self, write: Write, name: str, value: str, caplog: pytest.LogCaptureFixture) -> None:
         """The setting is named, how a reference is written is shown; the value stands in no text, no chained exception and no log."""
         caplog.set_level(logging.DEBUG)
@@ -346,7 +472,9 @@ class TestSecrets:
         (tmp_path / "secret").write_text("second\n")
         assert reference.reveal() == "second"
 
-    @pytest.mark.parametrize(("content", "words"), [(None, "cannot be read: FileNotFoundError"), (b" \n", "leads nowhere"), (b"\xff", "cannot be read: UnicodeDecodeError")])
+    @pytest.mark.parametrize(
+        ("content", "words"), [(None, "cannot be read: FileNotFoundError"), (b" \n", "leads nowhere"), (b"\xff", "cannot be read: UnicodeDecodeError")]
+    )
     def test_a_file_that_leads_nowhere(self, tmp_path: Path, content: bytes | None, words: str) -> None:
         """Not there, empty, or no text: the reference is named, what was in it is not."""
         path = tmp_path / "secret"
@@ -388,7 +516,9 @@ class TestSecrets:
     def test_the_local_sealer_is_refused_in_production(self, write: Write) -> None:
         """It keeps its key beside the data; in development and sandbox it is let be."""
         local = {"sealer__kind": '"local"', "sealer__key": '"/tmp/key"'}
-        assert "the local sealer keeps its key beside the data and is refused outside development and sandbox; use google-kms or vault" in refusal(write(**local))
+        assert "the local sealer keeps its key beside the data and is refused outside development and sandbox; use google-kms or vault" in refusal(
+            write(**local)
+        )
         assert load(write("development", **local)).sealer is not None
 
 

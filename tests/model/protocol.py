@@ -22,13 +22,19 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 from typing import NamedTuple
 
-OLD, NEW = 1, 2                       # keys; a set of them is a sum
+OLD, NEW = 1, 2  # keys; a set of them is a sum
 NAMES = {0: "no key", OLD: "old", NEW: "new", OLD | NEW: "old+new"}
 # What the database says in each phase: the published keys, and the one that signs.
 TRUTH = {
-    "alone": (OLD, OLD), "published": (OLD | NEW, OLD), "promoted": (OLD | NEW, NEW), "cleaned up": (NEW, NEW),
-    "rolled back": (OLD | NEW, OLD), "undone": (OLD, OLD),
-    "disabled": (NEW, NEW), "refreshed": (NEW, NEW), "contained": (NEW, NEW),
+    "alone": (OLD, OLD),
+    "published": (OLD | NEW, OLD),
+    "promoted": (OLD | NEW, NEW),
+    "cleaned up": (NEW, NEW),
+    "rolled back": (OLD | NEW, OLD),
+    "undone": (OLD, OLD),
+    "disabled": (NEW, NEW),
+    "refreshed": (NEW, NEW),
+    "contained": (NEW, NEW),
 }
 EMERGENCY = ("disabled", "refreshed", "contained")
 
@@ -39,7 +45,7 @@ class Caches:
 
     replica: int
     gateway: int
-    token: int                        # a token's life
+    token: int  # a token's life
     edge: int | None = None
     replicas: int = 2
     edges: int = 2
@@ -50,27 +56,30 @@ class Caches:
 class Rules:
     """How many ticks after the phase began the operator may act; None: never does."""
 
-    promote: int | None = None        # after published
-    canary: int | None = None         # after published, where every gateway is seen to know the key
-    clean_up: int | None = None       # after promoted, or rolled back
-    roll_back: bool = False           # at any time after promoted
-    refresh: int | None = None        # after disabled: an emergency
+    promote: int | None = None  # after published
+    canary: int | None = None  # after published, where every gateway is seen to know the key
+    clean_up: int | None = None  # after promoted, or rolled back
+    roll_back: bool = False  # at any time after promoted
+    refresh: int | None = None  # after disabled: an emergency
 
 
 class World(NamedTuple):
     """A state. A cache is (age, keys); a replica is (age, keys, the one that signs)."""
 
     phase: str
-    since: int                                       # ticks since the phase began
+    since: int  # ticks since the phase began
     replicas: tuple[tuple[int, int, int], ...]
     edges: tuple[tuple[int, int], ...]
     gateways: tuple[tuple[int, int], ...]
-    alive: tuple[int, int]                           # the youngest token of the old, the new key: ticks until it is dead. Its `exp` is still alive
+    alive: tuple[int, int]  # the youngest token of the old, the new key: ticks until it is dead. Its `exp` is still alive
 
     def __str__(self) -> str:
         parts = [f"replicas {' '.join(f'{NAMES[keys]} (signs {NAMES[signer]})' for _, keys, signer in self.replicas)}"]
         parts += [f"edges {' '.join(NAMES[keys] for _, keys in self.edges)}"] if self.edges else []
-        parts += [f"gateways {' '.join(NAMES[keys] for _, keys in self.gateways)}", f"the youngest tokens are dead in {self.alive[0]} and {self.alive[1]} ticks"]
+        parts += [
+            f"gateways {' '.join(NAMES[keys] for _, keys in self.gateways)}",
+            f"the youngest tokens are dead in {self.alive[0]} and {self.alive[1]} ticks",
+        ]
         return ", ".join(parts)
 
 
@@ -85,8 +94,14 @@ class Explored:
 
 def explore(caches: Caches, rules: Rules) -> Explored:
     """Every reachable state, breadth first, until one is broken."""
-    start = World("alone", 0, ((0, OLD, OLD),) * caches.replicas, ((0, OLD),) * (caches.edges if caches.edge is not None else 0),
-                  ((0, OLD),) * caches.gateways, (caches.token + 1, 0))
+    start = World(
+        "alone",
+        0,
+        ((0, OLD, OLD),) * caches.replicas,
+        ((0, OLD),) * (caches.edges if caches.edge is not None else 0),
+        ((0, OLD),) * caches.gateways,
+        (caches.token + 1, 0),
+    )
     came_from: dict[World, tuple[World, str] | None] = {start: None}
     frontier = [start]
     while frontier:
@@ -115,8 +130,9 @@ def _wrong(world: World) -> str | None:
 
 def _deeds(world: World, rules: Rules) -> Iterator[tuple[str, str]]:
     """What the operator may do now, and the phase that it leads to."""
+
     def due(after: int | None) -> bool:
-        return after is not None and world.since + 1 >= after      # the ticks that will have passed when the deed is done
+        return after is not None and world.since + 1 >= after  # the ticks that will have passed when the deed is done
 
     match world.phase:
         case "alone":
@@ -145,8 +161,10 @@ def _ticks(world: World, caches: Caches, rules: Rules) -> Iterator[tuple[str, Wo
         flushed = deed == "refresh"
         for replicas in _each([_fetched(age, (held, signing), {(keys, signer)}, caches.replica) for age, held, signing in world.replicas]):
             served = {held for _, held, _ in replicas}
-            alive = tuple(caches.token + 1 if any(key == signing for _, _, signing in replicas) else max(0, life - 1)
-                          for key, life in zip((OLD, NEW), world.alive, strict=True))
+            alive = tuple(
+                caches.token + 1 if any(key == signing for _, _, signing in replicas) else max(0, life - 1)
+                for key, life in zip((OLD, NEW), world.alive, strict=True)
+            )
             for edges in _each([_fetched(age, (held,), {(each,) for each in served}, caches.edge or 0, flushed) for age, held in world.edges]):
                 shown = {held for _, held in edges} or served
                 for gateways in _each([_fetched(age, (held,), {(each,) for each in shown}, caches.gateway, flushed) for age, held in world.gateways]):

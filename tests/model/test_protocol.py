@@ -30,11 +30,21 @@ SLOW_IDENTITY = Caches(replica=3, gateway=2, token=1)
 
 def policy(caches: Caches) -> Policy:
     """An environment whose settings tell the truth about that world."""
+
     def ticks(count: int) -> timedelta:
         return timedelta(seconds=count)
 
-    return Policy(rotate_every=ticks(10_000), max_key_age=ticks(20_000), token_lifetime=ticks(caches.token), clock_skew=ticks(0), cleanup_after=ticks(1),
-                  cache_time=ticks(caches.gateway), key_cache=ticks(caches.replica), max_age_limit=ticks(caches.edge or 9), shared_cache=caches.edge is not None)
+    return Policy(
+        rotate_every=ticks(10_000),
+        max_key_age=ticks(20_000),
+        token_lifetime=ticks(caches.token),
+        clock_skew=ticks(0),
+        cleanup_after=ticks(1),
+        cache_time=ticks(caches.gateway),
+        key_cache=ticks(caches.replica),
+        max_age_limit=ticks(caches.edge or 9),
+        shared_cache=caches.edge is not None,
+    )
 
 
 def without(rules: Policy, **settings: int) -> Policy:
@@ -113,7 +123,12 @@ class TestPlanted:
         told = story(found, "wait = gateway cache")
         assert found.broken == "a live token of the new key is rejected (I11)", told
         assert [line.partition(":")[0].strip() for line in told.splitlines()] == [
-            "wait = gateway cache", "publish", "a tick passes", "promote", "a live token of the new key is rejected (I11)"], told
+            "wait = gateway cache",
+            "publish",
+            "a tick passes",
+            "promote",
+            "a live token of the new key is rejected (I11)",
+        ], told
 
     def test_a_wait_without_the_shared_cache(self) -> None:
         """A shared cache in front of the JWKS that the settings do not mention serves the old set too long."""
@@ -143,7 +158,12 @@ class TestPlanted:
         told = story(found, "refresh at once")
         assert found.broken == "the compromised key came back after contained (I12)", told
         assert [line.partition(":")[0].strip() for line in told.splitlines()[1:]] == [
-            "publish", "promote and disable", "refresh", "a tick passes", "the compromised key came back after contained (I12)"], told
+            "publish",
+            "promote and disable",
+            "refresh",
+            "a tick passes",
+            "the compromised key came back after contained (I12)",
+        ], told
 
     def test_the_same_emergency_after_the_identity_services_cache_holds(self) -> None:
         """It is the moment of the refresh that counts: the same world holds when it comes after the key cache."""

@@ -78,7 +78,7 @@ class JwksServer(ThreadingHTTPServer):
 
 class JwksHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        jwks = cast(JwksServer, self.server).jwks
+        jwks = cast("JwksServer", self.server).jwks
         body = json.dumps({"keys": [key.jwk() for key in jwks.keys]}).encode()
         with jwks.asked:
             jwks.fetches.append(time.monotonic())
@@ -89,7 +89,7 @@ class JwksHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the name in http.server
+    def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
 

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 SAY = """SELECT set_config('key_rotation.rotation_id', %s, true), set_config('key_rotation.epoch', %s, true),
                 set_config('key_rotation.actor', 'the tests', true), set_config('key_rotation.reason', 'to try it', true);"""
-OPEN = ("INSERT INTO key_rotation.rotations (kind, actor, reason, lease_until) "
-        "VALUES (%s, 'the tests', 'to try it', now() + interval '1 hour') RETURNING id, epoch")
+OPEN = (
+    "INSERT INTO key_rotation.rotations (kind, actor, reason, lease_until) VALUES (%s, 'the tests', 'to try it', now() + interval '1 hour') RETURNING id, epoch"
+)
 CLOSE = "UPDATE key_rotation.rotations SET ended_at = now(), outcome = 'done' WHERE id = %s"
 INSERT = "INSERT INTO signing_keys (kid, public_jwk, private_key_ciphertext) VALUES (%s, %s, '\\x00')"
 DEMOTE = "UPDATE signing_keys SET status = 'previous' WHERE status = 'current'"
 PROMOTE = "UPDATE signing_keys SET status = 'current' WHERE kid = %s"
-DISABLE = "UPDATE signing_keys SET enabled=FALSE WHERE kid=%s"         # as the runbook has it
+DISABLE = "UPDATE signing_keys SET enabled=FALSE WHERE kid=%s"  # as the runbook has it
 COMPROMISE = "UPDATE signing_keys SET status = 'disabled', compromised = TRUE WHERE kid = %s"
 REPUBLISH = "UPDATE signing_keys SET status = 'previous' WHERE kid = %s"
 NO_WAIT = Gate(timedelta(0), proof=False)
@@ -202,8 +203,10 @@ WRONG_KEYS: dict[str, tuple[Callable[[NewKey, NewKey], tuple[str, dict[str, Any]
     "the JWK is for RS256": (lambda key, _: (key.kid, {**key.public_jwk, "alg": "RS256"}), "public_jwk_is_for_this_use"),
     "the private half stands in the JWK": (lambda key, _: (key.kid, {**key.public_jwk, "d": "A" * 43}), "public_jwk_is_public"),
     "the JWK says more": (lambda key, _: (key.kid, {**key.public_jwk, "x5u": "https://evil.test"}), "public_jwk_is_public"),
-    "RSA": (lambda key, _: (
-        key.kid, {"kty": "RSA", "n": "AQAB", "e": "AQAB", "kid": key.kid, "alg": "ES256", "use": "sig"}), "kid_is_thumbprint public_jwk_is_p256"),
+    "RSA": (
+        lambda key, _: (key.kid, {"kty": "RSA", "n": "AQAB", "e": "AQAB", "kid": key.kid, "alg": "ES256", "use": "sig"}),
+        "kid_is_thumbprint public_jwk_is_p256",
+    ),
     "P-384": (lambda key, _: (key.kid, {**key.public_jwk, "crv": "P-384"}), "kid_is_thumbprint public_jwk_is_p256"),
     "x of 42 characters": (lambda key, _: (key.kid, {**key.public_jwk, "x": key.public_jwk["x"][:-1]}), "kid_is_thumbprint public_jwk_is_p256"),
     "y of 44 characters": (lambda key, _: (key.kid, {**key.public_jwk, "y": key.public_jwk["y"] + "="}), "kid_is_thumbprint public_jwk_is_p256"),
@@ -223,9 +226,15 @@ def test_i03_a_key_that_is_not_es256_under_its_own_thumbprint_is_refused(shared:
 
 
 @pytest.mark.parametrize("role", ["owner", "superuser"])
-@pytest.mark.parametrize("change", [
-    "kid = 'another'", "alg = 'RS256'", "public_jwk = public_jwk || '{\"kid\": \"another\"}'", "created_at = now() - interval '1 day'",
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "kid = 'another'",
+        "alg = 'RS256'",
+        'public_jwk = public_jwk || \'{"kid": "another"}\'',
+        "created_at = now() - interval '1 day'",
+    ],
+)
 def test_i03_what_a_kid_stands_for_never_changes(database: Database, role: str, change: str) -> None:
     """Kid, algorithm, public half and date of birth stay what they are, for everybody."""
     kid = database.current()
@@ -263,19 +272,25 @@ CLEANING = {
     "identity_admin": "UPDATE signing_keys SET status = 'disabled' WHERE status = %s",
     "rotator": "UPDATE signing_keys SET status = 'disabled', enabled = FALSE WHERE status = %s",
 }
-CLAIM = ("SELECT set_config('key_rotation.rotation_id', id::text, true), set_config('key_rotation.epoch', epoch::text, true) "
-         "FROM key_rotation.rotations WHERE ended_at IS NULL")
+CLAIM = (
+    "SELECT set_config('key_rotation.rotation_id', id::text, true), set_config('key_rotation.epoch', epoch::text, true) "
+    "FROM key_rotation.rotations WHERE ended_at IS NULL"
+)
 
 
 @pytest.mark.parametrize("role", CLEANING)
-@pytest.mark.parametrize(("prepared", "which", "says"), [
-    ((LATER,), "previous", "tokens that it signed may live until"),
-    ((UNKNOWN,), "previous", "an instant not yet known"),
-    ((OVER, KEY_HELD), "previous", "its cleanup is on hold: nobody has looked"),
-    ((OVER, ENVIRONMENT_HELD), "previous", "the environment is on hold"),
-    ((OVER,), "next", "it is next, and only a previous key is cleaned up"),
-    ((OVER,), "current", "is current and cannot become disabled"),
-], ids=["a microsecond early", "unknown", "key on hold", "environment on hold", "next", "current"])
+@pytest.mark.parametrize(
+    ("prepared", "which", "says"),
+    [
+        ((LATER,), "previous", "tokens that it signed may live until"),
+        ((UNKNOWN,), "previous", "an instant not yet known"),
+        ((OVER, KEY_HELD), "previous", "its cleanup is on hold: nobody has looked"),
+        ((OVER, ENVIRONMENT_HELD), "previous", "the environment is on hold"),
+        ((OVER,), "next", "it is next, and only a previous key is cleaned up"),
+        ((OVER,), "current", "is current and cannot become disabled"),
+    ],
+    ids=["a microsecond early", "unknown", "key on hold", "environment on hold", "next", "current"],
+)
 def test_i07_a_key_is_not_cleaned_up(database: Database, role: str, prepared: tuple[str, ...], which: str, says: str) -> None:
     """Our roles disable a key only if it is previous, its time has come, and neither it nor the environment is on hold."""
     database.previous()
@@ -303,11 +318,20 @@ def test_i07_at_the_very_instant_it_is_cleaned_up(database: Database, role: str)
         assert database.ask(connection, "SELECT status, enabled FROM signing_keys WHERE kid = %s", kid) == [("disabled", False)]
 
 
-@pytest.mark.parametrize("change", [
-    "retain_until = now() - interval '1 second'", "retain_until = now()", "retain_until = NULL", "published_seen_at = now() - interval '1 second'",
-    "published_seen_at = now() + interval '1 second'", "demoted_seen_at = now() - interval '1 second'", "accepted_at = '2001-01-01'", "canaries_spent = 0",
-    "never_promote = FALSE",
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "retain_until = now() - interval '1 second'",
+        "retain_until = now()",
+        "retain_until = NULL",
+        "published_seen_at = now() - interval '1 second'",
+        "published_seen_at = now() + interval '1 second'",
+        "demoted_seen_at = now() - interval '1 second'",
+        "accepted_at = '2001-01-01'",
+        "canaries_spent = 0",
+        "never_promote = FALSE",
+    ],
+)
 def test_i07_the_rotator_takes_no_deadline_back(database: Database, change: str) -> None:
     """What deadlines count from is the database's now (I6, I18); retention, spent canaries and never_promote are not taken back, not even within a rotation."""
     database.previous()
@@ -321,15 +345,28 @@ def test_i07_a_first_retention_does_not_end_before_the_demotion(database: Databa
     """A retention that was never known cannot begin in the past."""
     old = database.current()
     database.current()
-    refused(database, "rotator", SAY + "UPDATE signing_keys SET retain_until = now() - interval '1 day' WHERE kid = %s", *opened(database), old,
-            says="an instant is noted as it passes")
+    refused(
+        database,
+        "rotator",
+        SAY + "UPDATE signing_keys SET retain_until = now() - interval '1 day' WHERE kid = %s",
+        *opened(database),
+        old,
+        says="an instant is noted as it passes",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ I8: compromised is for ever
 
 REVIVALS = {
-    "rotator": ["status = 'previous'", "status = 'current'", "status = 'next'", "enabled = TRUE", "status = 'previous', enabled = TRUE", "compromised = FALSE",
-                "compromised = FALSE, status = 'previous'"],
+    "rotator": [
+        "status = 'previous'",
+        "status = 'current'",
+        "status = 'next'",
+        "enabled = TRUE",
+        "status = 'previous', enabled = TRUE",
+        "compromised = FALSE",
+        "compromised = FALSE, status = 'previous'",
+    ],
     "cleaner": ["enabled = TRUE"],
     "identity_admin": ["status = 'previous'", "status = 'current'", "status = 'next'"],
 }
@@ -490,8 +527,11 @@ def test_i15_without_its_entry_no_change_is_made(database: Database, change: str
     """Where the ledger refuses the entry, the whole transaction is undone (F74)."""
     previous, new = database.previous(), database.new_key()
     values = {"kid": new.kid, "jwk": json.dumps(dict(new.public_jwk)), "previous": previous, "next": None if change == "generate" else database.publish()}
-    database.run("superuser", "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no room for an entry'; END $$;"
-                 "CREATE TRIGGER zz_full BEFORE INSERT ON key_rotation.ledger FOR EACH ROW EXECUTE FUNCTION full_disk()")
+    database.run(
+        "superuser",
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no room for an entry'; END $$;"
+        "CREATE TRIGGER zz_full BEFORE INSERT ON key_rotation.ledger FOR EACH ROW EXECUTE FUNCTION full_disk()",
+    )
     before = database.everything()
     with database.connect("owner") as session, session.cursor() as cursor, pytest.raises(psycopg2.Error, match="no room for an entry"):
         cursor.execute(CHANGES[change], values)
@@ -506,8 +546,12 @@ ROLES = ("rotator", "cleaner", "auditor", "reader", "identity_admin")
 def test_i15_the_ledger_is_append_only(database: Database, role: str) -> None:
     """No service role has the right, and owner and administrator are refused by trigger."""
     database.publish()
-    changes = ("UPDATE key_rotation.ledger SET actor = 'nobody'", "UPDATE key_rotation.ledger SET hash = hash", "DELETE FROM key_rotation.ledger",
-               "TRUNCATE key_rotation.ledger")
+    changes = (
+        "UPDATE key_rotation.ledger SET actor = 'nobody'",
+        "UPDATE key_rotation.ledger SET hash = hash",
+        "DELETE FROM key_rotation.ledger",
+        "TRUNCATE key_rotation.ledger",
+    )
     found = verdicts(database, role, NOBODY, {change: (change, ()) for change in changes})
     said = "P0001 the ledger is append-only: {} is refused" if role in ("owner", "superuser") else "42501 permission denied for table ledger"
     assert found == {change: said.format(change.split()[0]) for change in changes}
@@ -531,17 +575,23 @@ def test_i15_who_was_logged_in_stands_in_every_entry(database: Database, role: s
 
 def test_i15_an_entry_by_the_owners_hand_is_chained_like_any_other(database: Database) -> None:
     """Number, instant, environment and hashes that a hand gives are not taken."""
-    database.run("owner", "INSERT INTO key_rotation.ledger (seq, at, environment, event, actor, previous_hash, hash) "
-                          "VALUES (77, '2001-01-01', 'production', 'seen', 'nobody', 'me', 'me')")
+    database.run(
+        "owner",
+        "INSERT INTO key_rotation.ledger (seq, at, environment, event, actor, previous_hash, hash) "
+        "VALUES (77, '2001-01-01', 'production', 'seen', 'nobody', 'me', 'me')",
+    )
     assert database.run("auditor", "SELECT seq, environment, at > now() - interval '1 minute' FROM key_rotation.ledger") == [(1, "test", True)]
     assert broken_links(database.records().entries()) == []
 
 
-@pytest.mark.parametrize(("change", "columns"), [
-    ("retain_until = now()", ["retain_until"]),
-    ("private_key_ciphertext = '\\x01', sealed_by = 'another'", ["private_key_ciphertext", "sealed_by"]),
-    ("never_promote = TRUE, published_seen_at = now()", ["never_promote", "published_seen_at"]),
-])
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        ("retain_until = now()", ["retain_until"]),
+        ("private_key_ciphertext = '\\x01', sealed_by = 'another'", ["private_key_ciphertext", "sealed_by"]),
+        ("never_promote = TRUE, published_seen_at = now()", ["never_promote", "published_seen_at"]),
+    ],
+)
 def test_i15_what_a_hand_edits_is_recorded(database: Database, change: str, columns: list[str]) -> None:
     """The columns are named, and what they hold is not shown."""
     kid = database.previous()
@@ -568,8 +618,11 @@ def test_i15_what_the_rotator_notes_is_no_change_of_the_key(database: Database) 
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
 words = st.one_of(anything, st.sampled_from(["", "it's", 'say "no"', "a\nb\r\n", "%s :kid \\", "kid=3:abc\nevent-\n", "Ä漢字🔑", "\u202e\u0301"]))
-nested = st.recursive(st.none() | st.booleans() | st.integers(-10**30, 10**30) | st.floats(allow_nan=False, allow_infinity=False) | words,
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8)
+nested = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -591,23 +644,48 @@ def records(shared: Database) -> PostgresRecords:
 
 
 @settings(max_examples=30, deadline=None)
-@given(event=words, actor=words, kid=words | st.none(), reason=words | st.none(), run=words | st.none(), rotation=st.integers(1, 2**63 - 1) | st.none(),
-       evidence=st.dictionaries(words, nested, max_size=3))
+@given(
+    event=words,
+    actor=words,
+    kid=words | st.none(),
+    reason=words | st.none(),
+    run=words | st.none(),
+    rotation=st.integers(1, 2**63 - 1) | st.none(),
+    evidence=st.dictionaries(words, nested, max_size=3),
+)
 def test_i15_code_and_database_make_the_same_hash(
-        shared: Database, records: PostgresRecords, event: str, actor: str, kid: str | None, reason: str | None, run: str | None, rotation: int | None,
-        evidence: dict[str, Any]) -> None:
+    shared: Database,
+    records: PostgresRecords,
+    event: str,
+    actor: str,
+    kid: str | None,
+    reason: str | None,
+    run: str | None,
+    rotation: int | None,
+    evidence: dict[str, Any],
+) -> None:
     """keyrotation.domain.ledger computes each entry's hash as the database did, whatever stands in it."""
     seq, _ = records.head()
-    shared.run("rotator", "INSERT INTO key_rotation.ledger (event, actor, kid, reason, flow_run_id, rotation_id, evidence) VALUES (%s, %s, %s, %s, %s, %s, %s)",
-               event, actor, kid, reason, run, rotation, json.dumps(evidence))
+    shared.run(
+        "rotator",
+        "INSERT INTO key_rotation.ledger (event, actor, kid, reason, flow_run_id, rotation_id, evidence) VALUES (%s, %s, %s, %s, %s, %s, %s)",
+        event,
+        actor,
+        kid,
+        reason,
+        run,
+        rotation,
+        json.dumps(evidence),
+    )
     (entry,) = records.entries(after=seq)
     assert (entry.event, entry.actor, entry.kid, entry.reason, entry.flow_run_id, entry.rotation_id) == (event, actor, kid, reason, run, rotation)
     assert entry.computed_hash() == entry.hash
     assert (entry.seq, entry.hash) == records.head()
 
 
-@pytest.mark.parametrize("column", [
-    "at", "environment", "rotation_id", "kid", "event", "old_status", "new_status", "actor", "flow_run_id", "reason", "evidence"])
+@pytest.mark.parametrize(
+    "column", ["at", "environment", "rotation_id", "kid", "event", "old_status", "new_status", "actor", "flow_run_id", "reason", "evidence"]
+)
 def test_i15_every_column_is_under_the_hash(database: Database, column: str) -> None:
     """An edit of any column, by somebody who can switch triggers off, is found."""
     database.current()
@@ -619,6 +697,7 @@ def test_i15_every_column_is_under_the_hash(database: Database, column: str) -> 
 
 def test_i15_two_writers_do_not_fork_the_chain(database: Database) -> None:
     """Entries written at once come one after the other, with neither fork nor gap (F75)."""
+
     def write(number: int) -> None:
         with database.connect(("rotator", "cleaner")[number % 2]) as session:
             for entry in range(15):
@@ -646,9 +725,8 @@ def test_i15_a_writer_that_gives_up_leaves_no_gap(database: Database) -> None:
 # ------------------------------------------------------------------------------------------------ I17: who may what
 
 COLUMNS = {
-    "public.signing_keys":
-        "kid alg public_jwk private_key_ciphertext sealed_by status enabled created_at published_at published_seen_at accepted_at promoted_at demoted_at "
-        "demoted_seen_at retain_until disabled_at disabled_seen_at disabled_reason compromised never_promote cleanup_hold canaries canaries_spent rotation_id",
+    "public.signing_keys": "kid alg public_jwk private_key_ciphertext sealed_by status enabled created_at published_at published_seen_at accepted_at promoted_at demoted_at "
+    "demoted_seen_at retain_until disabled_at disabled_seen_at disabled_reason compromised never_promote cleanup_hold canaries canaries_spent rotation_id",
     "key_rotation.environment": "one_row name hold_reason hold_by held_at",
     "key_rotation.rotations": "id kind epoch opened_at actor flow_run_id reason lease_until old_kid new_kid rolled_back ended_at outcome message",
     "key_rotation.ledger": "seq at environment rotation_id kid event old_status new_status actor flow_run_id reason evidence previous_hash hash",
@@ -664,11 +742,14 @@ MAY: dict[str, dict[str, dict[str, str]]] = {
             "SELECT": PUBLIC_FACTS + " canaries",
             "INSERT": "kid alg public_jwk private_key_ciphertext sealed_by canaries rotation_id",
             "UPDATE": "status enabled published_seen_at accepted_at demoted_seen_at retain_until disabled_seen_at disabled_reason compromised never_promote "
-                      "cleanup_hold canaries_spent"},
+            "cleanup_hold canaries_spent",
+        },
         "key_rotation.environment": {"SELECT": ALL, "UPDATE": "hold_reason hold_by held_at"},
         "key_rotation.rotations": {
-            "SELECT": ALL, "INSERT": "kind actor flow_run_id reason lease_until",
-            "UPDATE": "epoch actor flow_run_id lease_until old_kid new_kid rolled_back ended_at outcome message"},
+            "SELECT": ALL,
+            "INSERT": "kind actor flow_run_id reason lease_until",
+            "UPDATE": "epoch actor flow_run_id lease_until old_kid new_kid rolled_back ended_at outcome message",
+        },
         "key_rotation.ledger": {"SELECT": ALL, "INSERT": OWN_ENTRIES},
         "key_rotation.ledger_head": {"SELECT": ALL},
     },
@@ -697,7 +778,8 @@ MAY: dict[str, dict[str, dict[str, str]]] = {
         "public.signing_keys": {
             "SELECT": PUBLIC_FACTS + " private_key_ciphertext",
             "INSERT": "kid alg public_jwk private_key_ciphertext sealed_by status",
-            "UPDATE": "status"},
+            "UPDATE": "status",
+        },
         "key_rotation.environment": {"SELECT": ALL},
         "key_rotation.rotations": {"SELECT": ALL},
         "key_rotation.ledger": {},
@@ -733,13 +815,25 @@ def test_i17_each_role_may_just_this(shared: Database, role: str, table: str) ->
 
 
 NOT_THEIRS = (
-    "CREATE TABLE public.mine ()", "CREATE TABLE key_rotation.mine ()", "CREATE SCHEMA mine", "ALTER TABLE public.signing_keys ADD COLUMN mine text",
-    "ALTER TABLE public.signing_keys DISABLE TRIGGER guard_2_change", "ALTER TABLE key_rotation.ledger DISABLE TRIGGER ALL",
-    "DROP TRIGGER append_only ON key_rotation.ledger", "DROP TABLE key_rotation.ledger", "DROP INDEX public.one_current_key",
-    "DROP FUNCTION key_rotation.is_by_hand CASCADE", "CREATE OR REPLACE FUNCTION key_rotation.is_by_hand() RETURNS boolean LANGUAGE sql RETURN true",
-    "CREATE FUNCTION public.pg_has_role(name, text, text) RETURNS boolean LANGUAGE sql RETURN true", "SET ROLE keyrotation_owner",
-    "SET SESSION AUTHORIZATION keyrotation_owner", "SET session_replication_role = replica", "GRANT keyrotation_owner TO CURRENT_USER",
-    "GRANT SELECT ON public.signing_keys TO PUBLIC", "ALTER ROLE keyrotation_owner PASSWORD 'mine'", "COPY public.signing_keys TO PROGRAM 'cat'",
+    "CREATE TABLE public.mine ()",
+    "CREATE TABLE key_rotation.mine ()",
+    "CREATE SCHEMA mine",
+    "ALTER TABLE public.signing_keys ADD COLUMN mine text",
+    "ALTER TABLE public.signing_keys DISABLE TRIGGER guard_2_change",
+    "ALTER TABLE key_rotation.ledger DISABLE TRIGGER ALL",
+    "DROP TRIGGER append_only ON key_rotation.ledger",
+    "DROP TABLE key_rotation.ledger",
+    "DROP INDEX public.one_current_key",
+    "DROP FUNCTION key_rotation.is_by_hand CASCADE",
+    "CREATE OR REPLACE FUNCTION key_rotation.is_by_hand() RETURNS boolean LANGUAGE sql RETURN true",
+    "CREATE FUNCTION public.pg_has_role(name, text, text) RETURNS boolean LANGUAGE sql RETURN true",
+    "SET ROLE keyrotation_owner",
+    "SET SESSION AUTHORIZATION keyrotation_owner",
+    "SET session_replication_role = replica",
+    "GRANT keyrotation_owner TO CURRENT_USER",
+    "GRANT SELECT ON public.signing_keys TO PUBLIC",
+    "ALTER ROLE keyrotation_owner PASSWORD 'mine'",
+    "COPY public.signing_keys TO PROGRAM 'cat'",
 )
 
 
@@ -885,8 +979,9 @@ def test_i15_a_persons_own_login_is_named(database: Database) -> None:
 
 
 @pytest.mark.parametrize("role", ["owner", "superuser"])
-@pytest.mark.parametrize("statement", [
-    DISABLE, COMPROMISE, "UPDATE signing_keys SET status = 'disabled' WHERE kid = %s", "UPDATE signing_keys SET enabled = FALSE WHERE %s <> ''"])
+@pytest.mark.parametrize(
+    "statement", [DISABLE, COMPROMISE, "UPDATE signing_keys SET status = 'disabled' WHERE kid = %s", "UPDATE signing_keys SET enabled = FALSE WHERE %s <> ''"]
+)
 def test_i01_the_current_key_is_not_disabled_by_hand(database: Database, role: str, statement: str) -> None:
     """It signs: the refusal says so, and what to do."""
     kid = database.current()

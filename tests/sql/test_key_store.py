@@ -169,7 +169,7 @@ def test_i21_who_was_late_finds_it_done(database: Database) -> None:
     keys.close(rotations[0], "done", "rotated")
     rotations += [keys.open("rotation", ME, HOUR) for _ in range(9)]
     assert rotations[1:] == [None] * 9
-    assert keys.open("rotation", ME, None) is not None       # a person's run does not ask
+    assert keys.open("rotation", ME, None) is not None  # a person's run does not ask
 
 
 def test_taking_over_needs_a_dead_run(database: Database) -> None:
@@ -182,7 +182,7 @@ def test_taking_over_needs_a_dead_run(database: Database) -> None:
     assert new is not None
     assert (new.id, new.epoch, new.actor, new.flow_run_id) == (rotation.id, 2, "another", "run-2")
     assert new.lease_until > rotation.lease_until
-    assert keys.take_over(rotation, ME) is None              # by an epoch that is over
+    assert keys.take_over(rotation, ME) is None  # by an epoch that is over
 
 
 def test_at_the_very_end_of_the_lease_the_run_counts_as_dead(database: Database) -> None:
@@ -614,8 +614,10 @@ def test_a_wrong_password_is_named(database: Database, said: Said, tmp_path: Any
     """Denied: a person has to mend it, and where is said."""
     url = database.server.url("keyrotation_rotator", "a wrong word", database.name)
     error = said(Denied, at(url, tmp_path).look, "wrong word", "wrong%20word")
-    assert str(error) == (f"the database (127.0.0.1:{database.server.port}/{database.name}, as rotator) refuses the password of that user: "
-                          "check database.url and what it refers to")
+    assert str(error) == (
+        f"the database (127.0.0.1:{database.server.port}/{database.name}, as rotator) refuses the password of that user: "
+        "check database.url and what it refers to"
+    )
     assert not error.retryable
 
 
@@ -637,8 +639,10 @@ def test_a_database_that_is_down_may_come_back(database: Database, said: Said, t
 CHAINED = "keyrotation/connections/database.py raises inside `except`: __context__ keeps the driver's error, which quotes the URL or the row"
 
 
-@pytest.mark.parametrize("url", ["postgresql://u:of %41:x@h:y/d", "of %41 the tests", "mysql:of %41",
-                                 pytest.param("postgresql://u:p@h:of %41/d", marks=pytest.mark.xfail(reason=CHAINED))])
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:of %41:x@h:y/d", "of %41 the tests", "mysql:of %41", pytest.param("postgresql://u:p@h:of %41/d", marks=pytest.mark.xfail(reason=CHAINED))],
+)
 def test_an_address_that_is_none_is_not_quoted(said: Said, tmp_path: Any, url: str) -> None:
     """The settings' error shows the reference and the right form: what was found there may be a password in the wrong place."""
     error = said(SettingsError, at(url, tmp_path).look)
@@ -651,12 +655,15 @@ def test_a_missing_schema_is_named_with_its_file(database_factory: Callable[...,
     assert str(error).endswith("lacks a table: run sql/schema.sql")
 
 
-@pytest.mark.parametrize(("drop", "says"), [
-    ("DROP SCHEMA key_rotation CASCADE", "lacks a table: run sql/schema.sql"),
-    ("ALTER TABLE signing_keys DROP COLUMN accepted_at", "lacks a column: run sql/migrations"),
-    ("REVOKE SELECT ON key_rotation.rotations FROM keyrotation_rotator", "denies the role a grant: run sql/grants.sql"),
-    ("REVOKE USAGE ON SCHEMA key_rotation FROM keyrotation_rotator", "denies the role a grant: run sql/grants.sql"),
-])
+@pytest.mark.parametrize(
+    ("drop", "says"),
+    [
+        ("DROP SCHEMA key_rotation CASCADE", "lacks a table: run sql/schema.sql"),
+        ("ALTER TABLE signing_keys DROP COLUMN accepted_at", "lacks a column: run sql/migrations"),
+        ("REVOKE SELECT ON key_rotation.rotations FROM keyrotation_rotator", "denies the role a grant: run sql/grants.sql"),
+        ("REVOKE USAGE ON SCHEMA key_rotation FROM keyrotation_rotator", "denies the role a grant: run sql/grants.sql"),
+    ],
+)
 def test_what_is_missing_in_the_schema_is_named_with_its_file(database: Database, said: Said, drop: str, says: str) -> None:
     """Half a schema, or half the grants (F65)."""
     database.publish()
@@ -690,8 +697,9 @@ def test_a_connection_that_was_cut_is_made_anew(database: Database) -> None:
     """The pool tries a connection before it gives it out (F11)."""
     keys = database.key_store()
     rotation = opened(keys)
-    database.run("superuser", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                              "WHERE application_name = 'keyrotation rotator' AND datname = current_database()")
+    database.run(
+        "superuser", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'keyrotation rotator' AND datname = current_database()"
+    )
     keys.renew(rotation)
 
 
