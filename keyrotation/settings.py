@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from keyrotation.domain.errors import Refused, SettingsError
+from keyrotation.domain.errors import SettingsError
 from keyrotation.domain.policy import Policy, show
 from keyrotation.secrets import SecretRef
 
@@ -330,6 +330,6 @@ def _refuse_unfit_secrets(environment: str, settings: Settings) -> None:
 
 
 def require_named(settings: Settings, name_in_database: str | None) -> None:
-    """Raises Refused where the database belongs to another environment (F66)."""
+    """Raises SettingsError where the database belongs to another environment (F66)."""
     if name_in_database != settings.name:
-        raise Refused(f"the file is for {settings.name!r}, its database for {name_in_database!r}: check database.url; nothing was changed")
+        raise SettingsError(f"the file is for {settings.name!r}, its database for {name_in_database!r}: check database.url; nothing was changed")

@@ -26,7 +26,7 @@ CANARY_MARGIN = timedelta(days=7)
 
 
 def connect(name: str) -> Environment:
-    """The environment of that name; raises SettingsError, or Refused where its database belongs to another one."""
+    """The environment of that name; raises SettingsError, also where its database belongs to another one."""
     settings = load(name)
     env = wire(settings)
     require_named(settings, env.keys.environment_name())

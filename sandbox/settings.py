@@ -49,7 +49,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "sandbox.identity_replicas": 1,
     "sandbox.jwks_max_age": 0,
     "sandbox.gateways": 2,
-    "sandbox.on_death": "end",  # the world's, when a part dies; "leave" lets the others live: for tests that kill
+    "sandbox.on_death": "leave",  # the others live on when a part dies or is killed to see what happens; "end": the world ends
     "sandbox.jwt_cache": False,  # Envoy's cache of tokens that it has verified once
 }
 

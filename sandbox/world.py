@@ -28,9 +28,9 @@ _POLL = 0.05
 def run(
     home: Path, settings: Settings, bootstrap: bool, tell: Tell, when_ready: Callable[[Mapping[str, Any]], None]
 ) -> None:
-    """Returns when this process gets SIGINT or SIGTERM; raises SandboxError when a part fails to start, or dies.
+    """Returns when this process gets SIGINT or SIGTERM; raises SandboxError when a part fails to start.
 
-    With `sandbox.on_death = leave` it goes on without the dead part, and SIGUSR1 has it started again.
+    When a part dies later it goes on without it, and SIGUSR1 has it started again; with `sandbox.on_death = end` it raises, too.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
@@ -113,7 +113,7 @@ class World:
         self._process.kill()
 
     def revive(self) -> None:
-        """Returns when every part that has died (with `sandbox.on_death = leave`) runs again."""
+        """Returns when every part that has died runs again."""
         before = self._facts_file.stat().st_mtime_ns
         os.kill(self._process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + _UP_WITHIN

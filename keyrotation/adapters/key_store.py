@@ -51,7 +51,7 @@ class _Looking:
         environment = connection.execute(query("environment")).mappings().one_or_none()
         held = environment is not None and environment["hold_reason"] is not None
         hold = Hold(environment["hold_reason"], environment["hold_by"], environment["held_at"]) if held and environment is not None else None
-        return Facts(now, ring, self._rotation(work) if work else None, hold)
+        return Facts(now, ring, self._rotation(work) if work else None, hold, self._environment)
 
     def _rotation(self, row: RowMapping) -> Rotation:
         return Rotation(environment=self._environment, **row)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Protocol, cast
+from typing import Any
 
 from keyrotation import wiring
 from keyrotation.cli.report import Report, Table, busy, instant, since
@@ -22,15 +22,11 @@ SINCE_LAST = 20  # rotations among which the last one that promoted is looked fo
 INSTANTS = ("created_at", "published_at", "accepted_at", "promoted_at", "demoted_at", "retain_until", "disabled_at")
 
 
-class _Named(Protocol):
-    def environment_name(self) -> str | None: ...
-
-
 def for_reading(name: str) -> Environment:
     """The environment as the auditor's role sees it: the rotator's credentials are not needed."""
     settings = load(name)
     env = wiring.wire(settings)
-    require_named(settings, cast("_Named", env.records).environment_name())
+    require_named(settings, env.records.environment_name())
     return env
 
 

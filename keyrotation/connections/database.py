@@ -107,6 +107,8 @@ class Database:
                            ("3D000", "does not exist")):
             if sign in text:
                 return Denied(f"{where} {WORDS[code]}: check database.url and what it refers to")
+        if "transaction_timeout" in text:
+            return WorldError(f"{where} is older than PostgreSQL 17, which this software needs (transaction_timeout)")
         return Unreachable(f"{where} does not answer: check that it runs and that this machine may reach it")
 
 

@@ -75,6 +75,7 @@ class Facts:
     ring: KeyRing
     open_rotation: Rotation | None
     hold: Hold | None
+    environment: str = "ENVIRONMENT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def _about_the_hold(facts: Facts) -> Decision | None:
     if facts.hold is None:
         return None
     return Decision(Action.ON_HOLD, "on hold", f"on hold since {show_instant(facts.hold.since)} by {facts.hold.by}: {facts.hold.reason}. "
-                    "To lift it: keyrotation release ENVIRONMENT")
+                    f"To lift it: keyrotation release {facts.environment}")
 
 
 def _about_open_work(facts: Facts, request: Request) -> Decision | None:
@@ -180,7 +181,7 @@ def may_clean_up(facts: Facts, key: Key, policy: Policy, seen: Seen, demoted_at:
     if facts.hold is not None:
         return no("on hold", f"the environment is on hold by {facts.hold.by}: {facts.hold.reason}")
     if key.cleanup_hold is not None:
-        return no("on hold", f"the cleanup of key {key.kid} is on hold: {key.cleanup_hold}. To lift it: keyrotation release ENVIRONMENT")
+        return no("on hold", f"the cleanup of key {key.kid} is on hold: {key.cleanup_hold}. To lift it: keyrotation release {facts.environment}")
     if facts.open_rotation is not None and facts.open_rotation.kind == "emergency":
         return no("emergency", "an emergency is open: nothing is cleaned up until it is over")
     if key.demoted_seen_at is None:

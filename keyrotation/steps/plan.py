@@ -41,8 +41,9 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person is shown, as (name, value)."""
-        said = [("Decision", self.decision.message), ("Key that signs now", self.current_kid or "none"),
-                ("Key to promote", self.next_kid or "a new one, made by this run")]
+        said = [("Decision", self.decision.message), ("Key that signs now", self.current_kid or "none")]
+        if self.next_kid or self.acts:
+            said.append(("Key to promote", self.next_kid or "a new one, made by this run"))
         if self.promotion:
             said.append(("Earliest promotion", self.promotion.explain()))
         if self.cleanup:

@@ -13,6 +13,8 @@ from keyrotation.domain.errors import Busy
 from keyrotation.domain.policy import ZERO
 from keyrotation.ports import Environment
 
+# What a rotation run does not carry on as a rotation: it ends it, and decides anew. (A dead bootstrap is carried on: its key has nobody to wait for.)
+SIDE_WORK = ("standby", "republish")
 LOOK_AGAIN = 1.0     # seconds between two looks at somebody else's rotation
 
 
@@ -40,6 +42,9 @@ def open_rotation(env: Environment, request: Request) -> Opened:
                 rotation = env.keys.open("rotation", replace(request, reason=decision.message), due_after)
             case Action.RESUME if facts.open_rotation is not None:
                 rotation = env.keys.take_over(facts.open_rotation, request)
+                if rotation is not None and rotation.kind in SIDE_WORK:
+                    env.keys.close(rotation, "failed", f"the run that worked on this {rotation.kind} died; its key, if it made one, is used")
+                    continue
             case Action.WAIT if facts.open_rotation is not None:
                 rotation = await_end(env, facts.open_rotation)
             case _:

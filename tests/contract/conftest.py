@@ -269,7 +269,7 @@ class PeerHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(reply.body)
 
-    do_POST = do_PUT = do_GET  http.server's names
+    do_POST = do_PUT = do_GET
 
     def _drip(self, peer: Peer) -> None:
         self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")

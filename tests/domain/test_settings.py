@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from keyrotation import settings
-from keyrotation.domain.errors import Refused, SettingsError
+from keyrotation.domain.errors import SettingsError
 from keyrotation.secrets import SecretRef
 from keyrotation.settings import Settings, load, parse_duration
 from tests.domain.made import DAY, HOUR, MINUTE, NOW, SECOND
@@ -389,7 +389,7 @@ class TestEnvironments:
         loaded = load(write())
         settings.require_named(loaded, "production")
         for other in ("staging", None):
-            with pytest.raises(Refused, match="the file is for 'production', its database for .*: check database.url; nothing was changed"):
+            with pytest.raises(SettingsError, match="the file is for 'production', its database for .*: check database.url; nothing was changed"):
                 settings.require_named(loaded, other)
 
 

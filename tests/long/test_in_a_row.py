@@ -67,7 +67,7 @@ def every_change(url: str) -> dict[str, int]:
 
 def test_the_scheduled_cleanup_survives_a_kill_of_server_and_worker_and_runs_once(tmp_path: Path) -> None:
     """It stands in Prefect as scheduled for its hour; server and worker are killed and started again; at its hour it runs, once."""
-    settings = {**SHORT, "policy.cleanup_after": "45s", "sandbox.on_death": "leave"}
+    settings = {**SHORT, "policy.cleanup_after": "45s"}
     with World(tmp_path / "home", settings) as world:
         facts, api = world.facts, PrefectApi(world.facts["prefect_api_url"])
         assert api.run("rotate-signing-keys/sandbox")["type"] == "COMPLETED"

@@ -37,7 +37,7 @@ ISSUED = {"grant_type": "client_credentials", "scope": "api"}
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A world with its first key, and settings that are not the defaults."""
-    settings = {"gateways.cache_time": "2s", "sandbox.on_death": "leave"}
+    settings = {"gateways.cache_time": "2s"}
     with World(tmp_path_factory.mktemp("world") / "home", settings) as running:
         yield running
 
@@ -211,14 +211,14 @@ class TestWhatIsRefused:
 
 @one_worker
 class TestItsDead:
-    """With sandbox.on_death = leave."""
+    """Parts that die, or are killed to see what happens."""
 
     def test_they_are_left_and_come_back_when_asked_for(self, world: World) -> None:
         """The others live on; the dead start again at their old addresses, and sandbox.json has their new pids."""
         before, killed = world.facts, {"gateway-1", "postgres", "prefect-worker"}
         for name in killed:
             os.kill(before["pids"][name], signal.SIGKILL)
-        time.sleep(1)
+        eventually(lambda: not any(born(before["pids"][name]) for name in killed), "a part outlived kill -9")
         assert world.running
         world.revive()
         after = world.facts
@@ -259,10 +259,10 @@ class TestHowItEnds:
         assert starting.returncode in (0, -signal.SIGTERM)
         assert marked(tmp_path / "home") == []
 
-    def test_the_death_of_a_part_ends_the_world(self, tmp_path: Path) -> None:
+    def test_the_death_of_a_part_ends_a_world_that_wants_it_so(self, tmp_path: Path) -> None:
         """It says which part, and what that one said last; exit status 1."""
         home = tmp_path / "home"
-        running = up(home, "--no-bootstrap")
+        running = up(home, "--no-bootstrap", "--set", "sandbox.on_death=end")
         eventually((home / "sandbox.json").exists, "it did not come up", within=120)
         pids = json.loads((home / "sandbox.json").read_text())["pids"]
         os.kill(pids["slack"], signal.SIGKILL)
