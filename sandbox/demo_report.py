@@ -16,7 +16,7 @@ from sandbox.demo_stage import KID_SHOWN, Stage
 
 ENOUGH = 2_000  # tokens verified; fewer prove little, and mean that the machine was too busy for the traffic
 
-_BAR_WIDTH = 30
+_BAR_WIDTH = 22
 _WORTH_SHOWING = 0.05  # seconds
 _STYLES = {"current": "bold green", "next": "yellow", "previous": "cyan", "disabled": "dim"}
 
@@ -133,8 +133,8 @@ def ledger_table(entries: Iterable[Entry], stage: Stage) -> Table:
     """When, what, which key, who."""
     table = _table("at", "event", "key", "actor")
     for entry in entries:
-        table.add_row(f"T+{stage.since(entry.at):.1f} s", entry.event, (entry.kid or "")[:KID_SHOWN], entry.actor)
-    return _indented(table)
+        table.add_row(f"T+{stage.since(entry.at):.1f} s", entry.event, (entry.kid or "")[:KID_SHOWN], entry.actor.removeprefix("Prefect, "))
+    return _indented(table, 2)
 
 
 def figures_table(figures: Figures) -> Table:
@@ -197,7 +197,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _indented(table: Table) -> Table:
+def _indented(table: Table, by: int = 11) -> Table:
     outer = Table.grid(padding=(0, 0, 0, 0))
-    outer.add_row(" " * 11, table)
+    outer.add_row(" " * by, table)
     return outer

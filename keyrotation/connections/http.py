@@ -61,7 +61,7 @@ def exchange(method: str, url: str, *, headers: Mapping[str, str] | None = None,
         except Exception as error:  # noqa: BLE001  carried to the caller, who tells them apart
             result.put(error)
 
-    # A thread, because no timeout of a socket bounds a header that comes one octet at a time. It ends with its own deadline.
+    # A thread, because no timeout of a socket bounds a header that comes one octet at a time. The caller is free in time; the thread ends with the peer.
     threading.Thread(target=run, daemon=True).start()
     try:
         outcome = result.get(timeout=timeout + 1)

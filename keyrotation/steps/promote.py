@@ -47,7 +47,7 @@ def roll_back(env: Environment, rotation: Rotation, failure: Happened) -> Happen
     old = env.keys.look().ring.find(work.old_kid) if work.old_kid else None
     if old is None or not (old.status is Status.CURRENT or old.status is Status.PREVIOUS):
         raise Refused(f"{failure.message}. It cannot be rolled back: no previous key is left. Run the emergency-rotation deployment, or rotate again")
-    if old.status is Status.PREVIOUS:
+    if old.status is Status.PREVIOUS or not work.rolled_back:      # the second: done by the service, not noted yet
         env.authority.roll_back(rotation, old.kid, f"rolled back by {rotation.kind} {rotation.id}: {failure.message}")
     confirm(env, rotation)
     return Happened(old.kid, f"rolled back to key {old.kid}: {failure.message}. Key {failure.kid} stays published until its tokens are dead", failure.evidence, Proof.WRONG)

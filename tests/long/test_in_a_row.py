@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psycopg2
 import pytest
 import requests
 
+from sandbox.processes import born
 from sandbox.traffic import Traffic
 from sandbox.world import World
 from tests.long.prefect_api import PrefectApi
@@ -45,7 +47,9 @@ def test_i11_ten_rotations_in_a_row_under_traffic_reject_no_valid_token(tmp_path
         changes = every_change(facts["owner_database_url"])
         assert changes["generated"] == changes["promoted"] == rotations + 1
         assert changes["demoted"] == rotations
-        audit = subprocess.run([Path(sys.executable).with_name("keyrotation"), "audit", "sandbox"], env=world.environment, capture_output=True, text=True, check=False)
+        audit = subprocess.run(
+            [Path(sys.executable).with_name("keyrotation"), "audit", "sandbox"], env=world.environment, capture_output=True, text=True, check=False
+        )
         assert audit.returncode == 0, audit.stdout + audit.stderr
         if authority == "api":
             log = (world.home / "logs" / "identity.log").read_text()
@@ -73,9 +77,11 @@ def test_the_scheduled_cleanup_survives_a_kill_of_server_and_worker_and_runs_onc
         assert api.run("rotate-signing-keys/sandbox")["type"] == "COMPLETED"
         runs = cleanups(api)
         assert [run["state"]["type"] for run in runs] == ["SCHEDULED"]
-        for name, pid in facts["pids"].items():
-            if name.startswith("prefect"):
-                os.kill(pid, 9)
+        killed = [pid for name, pid in facts["pids"].items() if name.startswith("prefect")]
+        for pid in killed:
+            os.kill(pid, 9)
+        while any(born(pid) for pid in killed):
+            time.sleep(0.05)
         world.revive()
         assert api.ended(runs[0]["id"], within=240)["type"] == "COMPLETED"
         assert [run["id"] for run in cleanups(api)] == [runs[0]["id"]]

@@ -22,6 +22,7 @@ from psycopg2 import extensions
 from keyrotation.adapters.key_store import PostgresRecords
 from keyrotation.domain.decision import Request
 from keyrotation.domain.errors import KeyRotationError, Refused
+from keyrotation.domain.jwks import thumbprint
 from keyrotation.domain.ledger import broken_links
 from keyrotation.ports import Gate, NewKey
 
@@ -188,10 +189,12 @@ def thumbprint_of_another(key: NewKey, other: NewKey) -> tuple[str, dict[str, An
     return other.kid, {**key.public_jwk, "kid": other.kid}
 
 
-def shifted(coordinate: str) -> str:
-    """The same 32 octets in base64url, its four spare bits not zero: a decoder that is not strict sees no difference."""
+def respelt(key: NewKey) -> tuple[str, dict[str, Any]]:
+    """The same point under another spelling, whose thumbprint is another: x with a spare bit set, which a decoder that is not strict does not see."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-    return coordinate[:-1] + alphabet[alphabet.index(coordinate[-1]) + 1]
+    x = key.public_jwk["x"]
+    jwk = {**key.public_jwk, "x": x[:-1] + alphabet[alphabet.index(x[-1]) + 1]}
+    return thumbprint(jwk), {**jwk, "kid": thumbprint(jwk)}
 
 
 WRONG_KEYS: dict[str, tuple[Callable[[NewKey, NewKey], tuple[str, dict[str, Any]]], str]] = {
@@ -211,7 +214,7 @@ WRONG_KEYS: dict[str, tuple[Callable[[NewKey, NewKey], tuple[str, dict[str, Any]
     "x of 42 characters": (lambda key, _: (key.kid, {**key.public_jwk, "x": key.public_jwk["x"][:-1]}), "kid_is_thumbprint public_jwk_is_p256"),
     "y of 44 characters": (lambda key, _: (key.kid, {**key.public_jwk, "y": key.public_jwk["y"] + "="}), "kid_is_thumbprint public_jwk_is_p256"),
     "y missing": (lambda key, _: (key.kid, {k: v for k, v in key.public_jwk.items() if k != "y"}), "kid_is_thumbprint public_jwk_is_p256"),
-    "spare bits in x": (lambda key, _: (key.kid, {**key.public_jwk, "x": shifted(key.public_jwk["x"])}), "kid_is_thumbprint public_jwk_is_p256"),
+    "spare bits in x": (lambda key, _: respelt(key), "public_jwk_is_p256"),
 }
 
 

@@ -215,6 +215,14 @@ def test_a_key_that_was_compromised_before_is_named_afterwards(migrated: tuple[D
     assert database.value("auditor", "SELECT event FROM key_rotation.ledger") == "disabled as compromised"
 
 
+def test_no_key_older_than_the_current_one_is_next(old: Database) -> None:
+    """What was there before the current key was made has had its time: it verifies, and is not promoted again."""
+    keep(old, is_current=True, age="1 day")
+    keep(old, age="2 days")
+    install(old)
+    assert old.run("superuser", "SELECT status FROM signing_keys ORDER BY created_at") == [("previous",), ("current",)]
+
+
 def test_an_empty_table_is_migrated(old: Database, database: Database) -> None:
     """A service without keys begins with bootstrap."""
     install(old)
