@@ -12,8 +12,11 @@ from tasks.planning import close_rotation, closed_if_it_fails, keep_standby, ope
 from tasks.verification import verify_jwks
 
 
-@flow(name="bootstrap-signing-keys", flow_run_name="bootstrap {environment}",
-      description="Makes the initial signing key of an environment that has none. Where there is one, nothing is done.")
+@flow(
+    name="bootstrap-signing-keys",
+    flow_run_name="bootstrap {environment}",
+    description="Makes the initial signing key of an environment that has none. Where there is one, nothing is done.",
+)
 @in_words
 def bootstrap_signing_keys(environment: str = "development") -> State[Any]:
     """Makes the initial signing key of one environment.

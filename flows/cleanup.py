@@ -6,14 +6,16 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.announcements import announce_about, publish_head
+from tasks.announcements import announce_about_key, publish_head
 from tasks.endings import cleaned, in_words
 from tasks.keys import clean_up, plan_cleanup
-from tasks.skin import request
 
 
-@flow(name="cleanup-old-keys", flow_run_name="clean up {environment}",
-      description="Disables old signing keys once every token that they signed is dead, and erases their private halves.")
+@flow(
+    name="cleanup-old-keys",
+    flow_run_name="clean up {environment}",
+    description="Disables old signing keys once every token that they signed is dead, and erases their private halves.",
+)
 @in_words
 def cleanup_old_keys(environment: str = "development", kid: str | None = None, demoted_at: datetime | None = None) -> State[Any]:
     """Cleans up the old keys of one environment whose time has come.
@@ -28,6 +30,6 @@ def cleanup_old_keys(environment: str = "development", kid: str | None = None, d
     done = [clean_up(environment, plan) for plan in plans]
     for happened in done:
         if happened.changed:
-            announce_about(environment, f":broom: {happened.message}", request())
+            announce_about_key(environment, happened.kid or "", f":broom: {happened.message}")
     publish_head(environment)
     return cleaned(done)

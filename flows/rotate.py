@@ -14,8 +14,11 @@ from tasks.planning import close_rotation, closed_if_it_fails, keep_standby, ope
 from tasks.verification import prove_at_gateways, verify_jwks, wait_for_gateway_cache
 
 
-@flow(name="rotate-signing-keys", flow_run_name="rotate {environment}",
-      description="Publishes a new signing key, waits until every gateway knows it, promotes it, proves it, and schedules the cleanup of the old one.")
+@flow(
+    name="rotate-signing-keys",
+    flow_run_name="rotate {environment}",
+    description="Publishes a new signing key, waits until every gateway knows it, promotes it, proves it, and schedules the cleanup of the old one.",
+)
 @in_words
 def rotate_signing_keys(environment: str = "development", only_if_due: bool = False, dry_run: bool = False) -> State[Any]:
     """Rotates the signing key of one environment.

@@ -42,8 +42,8 @@ class Sealed:
 class Gate:
     """What a promotion demands of the key, checked inside the promoting statement (I6)."""
 
-    wait: timedelta              # since published_seen_at
-    proof: bool                  # accepted_at must be set
+    wait: timedelta  # since published_seen_at
+    proof: bool  # accepted_at must be set
 
 
 class KeyStore(Protocol):
@@ -74,8 +74,16 @@ class KeyStore(Protocol):
 
     def hold(self, reason: str, by: str) -> None: ...
     def release(self, by: str) -> None: ...
-    def record(self, event: str, request: Request, *, rotation_id: int | None = None, kid: str | None = None, reason: str = "",
-               evidence: Mapping[str, Any] | None = None) -> None: ...
+    def record(
+        self,
+        event: str,
+        request: Request,
+        *,
+        rotation_id: int | None = None,
+        kid: str | None = None,
+        reason: str = "",
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None: ...
     def evidence_of(self, rotation_id: int, event: str) -> Mapping[str, Any] | None: ...
 
 
@@ -197,7 +205,7 @@ class Environment:
 
     name: str
     policy: Policy
-    workers: int                  # of a gateway instance: threads with a key cache of their own
+    workers: int  # of a gateway instance: threads with a key cache of their own
     keys: KeyStore
     cleaner: Cleaner
     records: Records

@@ -47,7 +47,7 @@ class SecretRef:
     def _from_file(self) -> str:
         try:
             return Path(self.place).expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, ValueError, RuntimeError) as error:       # RuntimeError: ~somebody who is not there
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~somebody who is not there
             raise SettingsError(f"the secret {self} cannot be read: {error.__class__.__name__}") from None
 
     def _from_block(self) -> str:

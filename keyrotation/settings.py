@@ -249,19 +249,31 @@ class Settings(Section):
         if policy.rotate_every < policy.shortest_interval():
             raise ValueError(
                 f"policy.rotate_every {show(policy.rotate_every)} is shorter than one rotation's waits, {show(policy.shortest_interval())} (twice identity.key_cache, "
-                "gateways.cache_time, policy.clock_skew, policy.lease, and identity.max_age_limit where the cache is shared): rotate less often, or shorten those")
+                "gateways.cache_time, policy.clock_skew, policy.lease, and identity.max_age_limit where the cache is shared): rotate less often, or shorten those"
+            )
         if policy.max_key_age < policy.rotate_every:
-            raise ValueError(f"policy.max_key_age {show(policy.max_key_age)} is below policy.rotate_every {show(policy.rotate_every)}: every key would be too old in time")
+            raise ValueError(
+                f"policy.max_key_age {show(policy.max_key_age)} is below policy.rotate_every {show(policy.rotate_every)}: every key would be too old in time"
+            )
         return self
 
     def to_policy(self) -> Policy:
         """The durations as the domain knows them."""
         return Policy(
-            rotate_every=self.policy.rotate_every, max_key_age=self.policy.max_key_age, token_lifetime=self.policy.token_lifetime,
-            clock_skew=self.policy.clock_skew, cleanup_after=self.policy.cleanup_after, cache_time=self.gateways.cache_time,
-            key_cache=self.identity.key_cache, max_age_limit=self.identity.max_age_limit, shared_cache=self.identity.shared_cache,
-            canary_shortens_wait=self.gateways.canary_shortens_wait, keep_standby=self.policy.keep_standby, cleanup=self.policy.cleanup,
-            lease=self.policy.lease)
+            rotate_every=self.policy.rotate_every,
+            max_key_age=self.policy.max_key_age,
+            token_lifetime=self.policy.token_lifetime,
+            clock_skew=self.policy.clock_skew,
+            cleanup_after=self.policy.cleanup_after,
+            cache_time=self.gateways.cache_time,
+            key_cache=self.identity.key_cache,
+            max_age_limit=self.identity.max_age_limit,
+            shared_cache=self.identity.shared_cache,
+            canary_shortens_wait=self.gateways.canary_shortens_wait,
+            keep_standby=self.policy.keep_standby,
+            cleanup=self.policy.cleanup,
+            lease=self.policy.lease,
+        )
 
     def warnings(self) -> list[str]:
         """What works, but not as written."""
@@ -284,7 +296,9 @@ def load(environment: str) -> Settings:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml"))) or "none"
-        raise SettingsError(f"there is no environment {environment!r} in {path.parent} (there are: {there}); set {ENVIRONMENTS} if its file lies elsewhere") from None
+        raise SettingsError(
+            f"there is no environment {environment!r} in {path.parent} (there are: {there}); set {ENVIRONMENTS} if its file lies elsewhere"
+        ) from None
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
     try:
@@ -319,14 +333,20 @@ def _first(error: ValidationError) -> str:
 def _refuse_unfit_secrets(environment: str, settings: Settings) -> None:
     if environment in PLAYGROUNDS:
         return
-    held = {"database.url": settings.database.url, "database.cleaner_url": settings.database.cleaner_url,
-            "database.auditor_url": settings.database.auditor_url, "identity.client_secret": settings.identity.client_secret,
-            "identity.admin_token": settings.identity.admin_token}
+    held = {
+        "database.url": settings.database.url,
+        "database.cleaner_url": settings.database.cleaner_url,
+        "database.auditor_url": settings.database.auditor_url,
+        "identity.client_secret": settings.identity.client_secret,
+        "identity.admin_token": settings.identity.admin_token,
+    }
     for name, secret in held.items():
         if secret is not None and secret.kind == "prefect":
             raise SettingsError(f"{environment}: {name} may not lie in a Prefect block: one shared password reads all blocks; use env: or file:")
     if settings.sealer is not None and settings.sealer.kind == "local":
-        raise SettingsError(f"{environment}: the local sealer keeps its key beside the data and is refused outside {' and '.join(PLAYGROUNDS)}; use google-kms or vault")
+        raise SettingsError(
+            f"{environment}: the local sealer keeps its key beside the data and is refused outside {' and '.join(PLAYGROUNDS)}; use google-kms or vault"
+        )
 
 
 def require_named(settings: Settings, name_in_database: str | None) -> None:

@@ -49,7 +49,10 @@ class Conductor:
     def __init__(self, home: Path, port: int, database_url: str, environments: Path) -> None:
         self._url = f"http://{LOOPBACK}:{port}"
         self._session = loopback_session()
-        own = clean_environment() | _QUIET | {"PREFECT_HOME": str(home.resolve() / "prefect")}
+        # Prefect's runner leaves a folder in the temporary one.
+        temporary = home.resolve() / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        own = clean_environment() | _QUIET | {"PREFECT_HOME": str(home.resolve() / "prefect"), "TMPDIR": str(temporary)}
         self.server = Process(
             "prefect-server",
             # What `prefect server start --background` runs, without the 5 s that its command line takes to import.
@@ -86,12 +89,8 @@ class Conductor:
         """Runs the deployment of a flow and waits for its end: COMPLETED, else it is an error, with the log."""
         deployment = self._session.get(f"{self.api_url}/deployments/name/{flow}/{POOL}", timeout=10)
         if deployment.status_code == requests.codes.not_found:
-            raise SandboxError(
-                f"there is no deployment {flow}/{POOL}: is its flow in flows/? (--no-bootstrap does without)"
-            )
-        run = self._ask(
-            "POST", f"/deployments/{deployment.json()['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}}
-        )
+            raise SandboxError(f"there is no deployment {flow}/{POOL}: is its flow in flows/? (--no-bootstrap does without)")
+        run = self._ask("POST", f"/deployments/{deployment.json()['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
         deadline = time.monotonic() + _RUN_WITHIN
         while run["state"]["type"] not in _FINAL:
             if time.monotonic() > deadline:

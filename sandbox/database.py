@@ -84,17 +84,11 @@ class Databases:
     def _name_environment(self) -> None:
         self._run(
             DATABASE,
-            sql.SQL("INSERT INTO key_rotation.environment (name) VALUES ({}) ON CONFLICT DO NOTHING").format(
-                sql.Literal(ENVIRONMENT)
-            ),
+            sql.SQL("INSERT INTO key_rotation.environment (name) VALUES ({}) ON CONFLICT DO NOTHING").format(sql.Literal(ENVIRONMENT)),
             user=OWNER,
         )
 
     def _run(self, database: str, command: str | sql.Composed, user: str | None = None) -> None:
-        url = (
-            self._server.superuser_url(database)
-            if user is None
-            else self._server.url(user, self._password(user), database)
-        )
+        url = self._server.superuser_url(database) if user is None else self._server.url(user, self._password(user), database)
         with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
             cursor.execute(command)

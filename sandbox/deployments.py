@@ -72,9 +72,7 @@ async def _make_pool(client: PrefectClient, name: str) -> None:
         await client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=template))
 
 
-async def _make_deployment(
-    client: PrefectClient, file: Path, flow: Flow[..., Any], declared: list[Mapping[str, Any]]
-) -> None:
+async def _make_deployment(client: PrefectClient, file: Path, flow: Flow[..., Any], declared: list[Mapping[str, Any]]) -> None:
     entrypoint = f"{file.relative_to(CHECKOUT)}:{flow.fn.__name__}"
     like = next((other for other in declared if other.get("entrypoint") == entrypoint), {})
     await client.create_deployment(

@@ -176,9 +176,7 @@ class Gateway:
                 {"name": _FILTER, "config_discovery": discovery},
                 {"name": "router", "typed_config": {"@type": _ROUTER}},
             ],
-            "route_config": {
-                "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_route(_API), _route(_PROBE)]}]
-            },
+            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_route(_API), _route(_PROBE)]}]},
         }
         return {
             "name": "gateway",

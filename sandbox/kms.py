@@ -97,9 +97,7 @@ class Version:
 
     def cipher(self) -> AESGCM:
         if self.kek is None or self.state != "ENABLED":
-            raise RefusalError(
-                grpc.StatusCode.FAILED_PRECONDITION, f"{self.name} is not enabled, current state is: {self.state}."
-            )
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, f"{self.name} is not enabled, current state is: {self.state}.")
         return AESGCM(self.kek)
 
 
@@ -257,8 +255,7 @@ class Emulator:
             ciphertext=_damaged(ciphertext, fault),
             ciphertext_crc32c=_answer_crc(ciphertext, fault),
             verified_plaintext_crc32c=looked_at and "plaintext_crc32c" in request,
-            verified_additional_authenticated_data_crc32c=looked_at
-            and "additional_authenticated_data_crc32c" in request,
+            verified_additional_authenticated_data_crc32c=looked_at and "additional_authenticated_data_crc32c" in request,
             protection_level=resources.ProtectionLevel.SOFTWARE,
         )
 
@@ -352,9 +349,7 @@ class Emulator:
         }
 
     def _handler(self, name: str, method: Any, request: Any, response: Any) -> "grpc.RpcMethodHandler[Any, Any]":
-        return grpc.unary_unary_rpc_method_handler(
-            self._answering(name, method), request.deserialize, response.serialize
-        )
+        return grpc.unary_unary_rpc_method_handler(self._answering(name, method), request.deserialize, response.serialize)
 
     def _answering(self, name: str, method: Any) -> Callable[[Any, grpc.ServicerContext], Any]:
         def answer(request: Any, context: grpc.ServicerContext) -> Any:

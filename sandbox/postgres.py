@@ -100,9 +100,7 @@ class Postgres:
         self._running().kill()
 
     def url(self, user: str, password: str, database: str) -> str:
-        return (
-            f"postgresql://{quote(user, safe='')}:{quote(password, safe='')}@{LOOPBACK}:{self.port}/{quote(database)}"
-        )
+        return f"postgresql://{quote(user, safe='')}:{quote(password, safe='')}@{LOOPBACK}:{self.port}/{quote(database)}"
 
     def superuser_url(self, database: str = "postgres") -> str:
         return self.url(SUPERUSER, self._password, database)

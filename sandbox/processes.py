@@ -224,9 +224,7 @@ def claimed(home: Path) -> Iterator[None]:
             sweep(home)
 
 
-def launched(
-    argv: Sequence[str | Path], account: Account | None = None, death_signal: signal.Signals = signal.SIGKILL
-) -> list[str]:
+def launched(argv: Sequence[str | Path], account: Account | None = None, death_signal: signal.Signals = signal.SIGKILL) -> list[str]:
     """The command that runs `argv` under the account, and dies when this process does (the latter on Linux only).
 
     A small interpreter prepares itself and then becomes the command, under the same pid. The usual way, Python code in
@@ -290,9 +288,7 @@ def _born_by_proc(pid: int) -> str | None:
 
 
 def _born_by_ps(pid: int) -> str | None:
-    shown = subprocess.run(
-        ["ps", "-o", "stat=,lstart=,command=", "-p", str(pid)], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    shown = subprocess.run(["ps", "-o", "stat=,lstart=,command=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout.strip()
     state, _, birth_and_command = shown.partition(" ")
     return None if not shown or state.startswith("Z") else birth_and_command.strip()
 

@@ -115,9 +115,7 @@ class Settings:
         try:
             return Path(str(reference).removeprefix("file:")).read_text().strip()
         except OSError as unreadable:
-            raise SettingError(
-                f"{name} is file:/path here, and the sandbox must be able to read it: {unreadable}"
-            ) from None
+            raise SettingError(f"{name} is file:/path here, and the sandbox must be able to read it: {unreadable}") from None
 
     def write_environment(self, path: Path, given: Mapping[str, Any]) -> None:
         """The environment file: the defaults, what the world gives, and over both what was set."""
@@ -151,10 +149,7 @@ def as_toml(values: Mapping[str, Any]) -> str:
         section, _, key = name.rpartition(".")
         if section != "sandbox" and value is not None:
             sections.setdefault(section, []).append(f"{key} = {as_value(value)}")
-    blocks = [
-        "\n".join([f"[{section}]" if section else "# Made by the sandbox.", *lines])
-        for section, lines in sections.items()
-    ]
+    blocks = ["\n".join([f"[{section}]" if section else "# Made by the sandbox.", *lines]) for section, lines in sections.items()]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -44,9 +44,7 @@ class Sandbox:
         self._crew, self._session = Crew(self._home, tell), loopback_session()
         self._postgres = Postgres(self._home, self._ports.port("postgres"), self._secrets.word("postgres_password"))
         self._databases = Databases(self._postgres, self._secrets, CHECKOUT / "sql")
-        self._conductor = Conductor(
-            self._home, self._ports.port("prefect"), self._databases.prefect_url(), self.config.parent
-        )
+        self._conductor = Conductor(self._home, self._ports.port("prefect"), self._databases.prefect_url(), self.config.parent)
         self._gateways = {f"gateway-{n}": self._gateway(n) for n in range(1, settings.number("sandbox.gateways") + 1)}
         self._client_secret = settings.secret("identity.client_secret", self._secrets.word("client_secret"))
         self._admin_token = settings.secret("identity.admin_token", self._secrets.word("admin_token"))
@@ -95,10 +93,7 @@ class Sandbox:
             "client_id": self._settings.word("identity.client_id"),
             "client_secret": self._client_secret,
             "admin_token": self._admin_token,
-            "gateways": [
-                {"url": each.url, "probe_url": each.probe_url, "admin_url": each.admin_url, "pid": each.pid}
-                for each in self._gateways.values()
-            ],
+            "gateways": [{"url": each.url, "probe_url": each.probe_url, "admin_url": each.admin_url, "pid": each.pid} for each in self._gateways.values()],
             "database_url": self._databases.url(ROTATOR),
             "owner_database_url": self._databases.url(OWNER),
             "kms_endpoint": self._kms_endpoint,

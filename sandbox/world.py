@@ -25,9 +25,7 @@ _DOWN_WITHIN = 60.0
 _POLL = 0.05
 
 
-def run(
-    home: Path, settings: Settings, bootstrap: bool, tell: Tell, when_ready: Callable[[Mapping[str, Any]], None]
-) -> None:
+def run(home: Path, settings: Settings, bootstrap: bool, tell: Tell, when_ready: Callable[[Mapping[str, Any]], None]) -> None:
     """Returns when this process gets SIGINT or SIGTERM; raises SandboxError when a part fails to start.
 
     When a part dies later it goes on without it, and SIGUSR1 has it started again; with `sandbox.on_death = end` it raises, too.
@@ -75,8 +73,7 @@ class World:
         words = [f"--set={name}={as_value(value)}" for name, value in (overrides or {}).items()]
         self._process = Process(
             "world",
-            [sys.executable, "-m", "sandbox", "up", "--home", str(self.home), *words]
-            + ([] if bootstrap else ["--no-bootstrap"]),
+            [sys.executable, "-m", "sandbox", "up", "--home", str(self.home), *words] + ([] if bootstrap else ["--no-bootstrap"]),
             home=self.home / "handle",  # not the world's own: it would sweep itself away as a leftover
             cwd=CHECKOUT,
             ready=self._is_up,
@@ -125,9 +122,7 @@ class World:
     def __enter__(self) -> Self:
         return self.up()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.down()
 
     def _is_up(self) -> bool:

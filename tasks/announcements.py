@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keyrotation.domain.decision import Request, Rotation
 from keyrotation.steps import announce as announcing
-from tasks.skin import environment, log, prefect_task
+from tasks.skin import environment, log, prefect_task, request
 
 
 @prefect_task("announce", retries=0)
@@ -24,8 +24,9 @@ def publish_head(name: str) -> str:
 
 
 @prefect_task("announce", retries=0)
-def announce_about(name: str, text: str, who: Request) -> str:
-    """Says something that belongs to no rotation."""
-    became = announcing.announce(environment(name), text, who)
+def announce_about_key(name: str, kid: str, text: str) -> str:
+    """Says what became of an old key, in the thread of the rotation that took it out of service."""
+    env = environment(name)
+    became = announcing.announce(env, text, request(), announcing.rotation_of(env, kid))
     log().info("%s: %s", became, text)
     return became

@@ -17,7 +17,7 @@ from keyrotation.domain.policy import show
 from keyrotation.steps.plan import summary
 
 SECONDS_BETWEEN_UPDATES = 2.0
-create_table: Any = prefect.artifacts.create_table_artifact        # typed for async callers only
+create_table: Any = prefect.artifacts.create_table_artifact  # typed for async callers only
 create_markdown: Any = prefect.artifacts.create_markdown_artifact
 create_progress: Any = prefect.artifacts.create_progress_artifact
 update_progress: Any = prefect.artifacts.update_progress_artifact
@@ -33,10 +33,14 @@ def evidence(key: str, rotation: Rotation, facts: Facts) -> None:
     """What came of a rotation, and every key as it is now."""
     if FlowRunContext.get() is None:
         return
-    keys = "\n".join(f"| `{kid}` | {status} | {since} | {note} |" for kid, status, since, note in summary(facts) if status != "disabled" or kid == rotation.old_kid)
+    keys = "\n".join(
+        f"| `{kid}` | {status} | {since} | {note} |" for kid, status, since, note in summary(facts) if status != "disabled" or kid == rotation.old_kid
+    )
     took = show((rotation.ended_at or facts.now) - rotation.opened_at)
-    text = (f"## {rotation.kind} {rotation.id}: {rotation.outcome}\n\n{rotation.message}\n\n- asked for by {rotation.actor}: {rotation.reason}\n- took {took}\n\n"
-            f"| key | state | since | note |\n|---|---|---|---|\n{keys}\n")
+    text = (
+        f"## {rotation.kind} {rotation.id}: {rotation.outcome}\n\n{rotation.message}\n\n- asked for by {rotation.actor}: {rotation.reason}\n- took {took}\n\n"
+        f"| key | state | since | note |\n|---|---|---|---|\n{keys}\n"
+    )
     _best_effort(create_markdown, markdown=text, key=key, description="What happened, and every key as it is now")
 
 

@@ -26,9 +26,19 @@ def schedule_cleanup(rotation: Rotation, result: Happened) -> Happened:
         return Happened(result.kid, "no old key has to be cleaned up", changed=False)
     if current_flow_run() is None:
         return Happened(key.kid, f"key {key.kid} may be cleaned up from {show_instant(key.retain_until)} on: the daily sweep does it", changed=False)
-    schedule: Any = run_deployment          # typed for async callers only
+    schedule: Any = run_deployment  # typed for async callers only
     run = schedule(
-        f"{DEPLOYMENT}/{env.name}", parameters={"environment": env.name, "kid": key.kid, "demoted_at": key.demoted_at.isoformat()},
-        scheduled_time=key.retain_until, idempotency_key=f"{env.name}-{key.kid}-{key.demoted_at.isoformat()}", timeout=0, as_subflow=False, _sync=True)
-    return Happened(key.kid, f"the cleanup of key {key.kid} is scheduled for {show_instant(key.retain_until)}",
-                    {"cleanup_flow_run_id": str(run.id), "retain_until": key.retain_until.isoformat()})
+        f"{DEPLOYMENT}/{env.name}",
+        parameters={"environment": env.name, "kid": key.kid, "demoted_at": key.demoted_at.isoformat()},
+        scheduled_time=key.retain_until,
+        flow_run_name=f"clean up {env.name}: key {key.kid[:8]}",
+        idempotency_key=f"{env.name}-{key.kid}-{key.demoted_at.isoformat()}",
+        timeout=0,
+        as_subflow=False,
+        _sync=True,
+    )
+    return Happened(
+        key.kid,
+        f"the cleanup of key {key.kid} is scheduled for {show_instant(key.retain_until)}",
+        {"cleanup_flow_run_id": str(run.id), "retain_until": key.retain_until.isoformat()},
+    )

@@ -30,7 +30,7 @@ def ending(end: Decision | Rotation, *, only_if_due: bool = False, dry_run: bool
                 return Cancelled(message=message[:LONGEST])
             case _:
                 return Failed(message=message[:LONGEST])
-    message = (f"dry run, nothing was changed: {end.message}" if dry_run else end.message) + (f"; {also.message}" if also else "")
+    message = (f"dry run, nothing was changed: {end.message}" if dry_run else end.message) + (f"; {also.message}" if also and also.changed else "")
     # A schedule that finds a hold has done what it should; a person who asked for a rotation did not get it.
     refused = end.action is Action.ON_HOLD and not only_if_due and not dry_run
     return Failed(message=message[:LONGEST]) if refused else Completed(message=message[:LONGEST])
@@ -43,6 +43,7 @@ def cleaned(done: Sequence[Happened]) -> State[Any]:
 
 def in_words(flow: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
     """Turns every error into a state with its sentence."""
+
     @functools.wraps(flow)
     def run(*args: P.args, **kwargs: P.kwargs) -> State[Any]:
         try:

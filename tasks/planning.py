@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from keyrotation.domain.decision import Rotation
 from keyrotation.domain.errors import KeyRotationError, Superseded, Unproven
-from keyrotation.domain.events import Happened, Proof
+from keyrotation.domain.events import Happened
 from keyrotation.steps import generate as generating
 from keyrotation.steps import plan as planning
 from keyrotation.steps import rotations
@@ -45,19 +45,17 @@ def open_bootstrap(name: str) -> Opened:
 @prefect_task("close rotation")
 def close_rotation(rotation: Rotation, result: Happened) -> Rotation:
     """Ends the rotation with what came of it."""
-    outcome = {Proof.PROVEN: "done", Proof.WRONG: "rolled back", Proof.UNPROVEN: "unproven"}[result.proof]
     env = environment(rotation.environment)
-    ended = rotations.close_rotation(env, rotation, outcome, result.message)
+    ended = rotations.close_rotation(env, rotation, result)
     artifacts.evidence(f"evidence-{rotation.environment}", ended, env.keys.look())
     return ended
 
 
 @prefect_task("keep a standby")
-def keep_standby(name: str) -> Happened | None:
+def keep_standby(name: str) -> Happened:
     """With keep_standby, publishes the next key ahead."""
     made = generating.keep_standby(environment(name), request(reason="keep_standby: a key is always published ahead"))
-    if made is not None:
-        log().info("%s", made.message)
+    log().info("%s", made.message)
     return made
 
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 P = ParamSpec("P")
-RETRIES, RETRY_DELAYS = 3, [1.0, 3.0, 8.0]      # seconds; only for errors that say a retry can help
+NOTHING = "nothing to do"
+RETRIES, RETRY_DELAYS = 3, [1.0, 3.0, 8.0]  # seconds; only for errors that say a retry can help
 
 
 class UnexpectedError(KeyRotationError):
@@ -74,6 +75,7 @@ def request(only_if_due: bool = False, reason: str = "asked for by a person") ->
 
 def step(name: str, *, retries: int = RETRIES) -> Callable[[Callable[P, Happened]], Callable[P, Happened]]:
     """Decorates a step that works on a rotation (its first argument) and says what happened."""
+
     def decorate(work: Callable[P, Happened]) -> Callable[P, Happened]:
         return prefect_task(name, retries)(_recorded(name, work))
 
@@ -82,10 +84,18 @@ def step(name: str, *, retries: int = RETRIES) -> Callable[[Callable[P, Happened
 
 def prefect_task(name: str, retries: int = RETRIES) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
     """The Prefect task around a function within a flow run, the function itself outside of one."""
+
     def decorate(work: Callable[P, Any]) -> Callable[P, Any]:
         guarded = _in_words(name, work)
-        as_task: Any = task(name=name, task_run_name=name, retries=retries, retry_delay_seconds=RETRY_DELAYS, retry_condition_fn=_may_help,
-                            cache_policy=NO_CACHE, persist_result=False)(_with_message(guarded))
+        as_task: Any = task(
+            name=name,
+            task_run_name=name,
+            retries=retries,
+            retry_delay_seconds=RETRY_DELAYS,
+            retry_condition_fn=_may_help,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )(_with_message(guarded))
 
         @functools.wraps(work)
         def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -114,17 +124,26 @@ def _may_help(_task: Any, _run: Any, state: Any) -> bool:
 
 def _with_message(work: Callable[P, Any]) -> Callable[P, Any]:
     """The step's sentence becomes the task run's state message."""
+
     @functools.wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> Any:
         result = work(*args, **kwargs)
-        message = getattr(result, "message", None)
-        return Completed(message=message, data=result) if isinstance(message, str) else result
+        return Completed(message=_words(result), data=result)
 
     return run
 
 
+def _words(result: Any) -> str:
+    if isinstance(result, str):
+        return result
+    if isinstance(result, list | tuple):
+        return "; ".join(_words(each) for each in result) or NOTHING
+    return str(getattr(result, "message", NOTHING))
+
+
 def _recorded(name: str, work: Callable[P, Happened]) -> Callable[P, Happened]:
     """Logs the step's sentence and puts it into the ledger, with its evidence and duration."""
+
     @functools.wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> Happened:
         rotation = cast("Rotation", args[0])
@@ -132,8 +151,13 @@ def _recorded(name: str, work: Callable[P, Happened]) -> Callable[P, Happened]:
         happened = work(*args, **kwargs)
         log().info("%s", happened.message)
         environment(rotation.environment).keys.record(
-            name, Request(rotation.actor, rotation.flow_run_id), rotation_id=rotation.id, kid=happened.kid, reason=happened.message,
-            evidence={**happened.evidence, "proof": str(happened.proof), "seconds": round(time.monotonic() - begun, 3)})
+            name,
+            Request(rotation.actor, rotation.flow_run_id),
+            rotation_id=rotation.id,
+            kid=happened.kid,
+            reason=happened.message,
+            evidence={**happened.evidence, "proof": str(happened.proof), "seconds": round(time.monotonic() - begun, 3)},
+        )
         return happened
 
     return run
@@ -141,6 +165,7 @@ def _recorded(name: str, work: Callable[P, Happened]) -> Callable[P, Happened]:
 
 def _in_words(name: str, work: Callable[P, Any]) -> Callable[P, Any]:
     """Lets only our own errors out: a driver's text may quote what must not be stored."""
+
     @functools.wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
@@ -150,7 +175,9 @@ def _in_words(name: str, work: Callable[P, Any]) -> Callable[P, Any]:
         except Exception as error:  # noqa: BLE001  the whole point
             where = "".join(traceback.format_tb(error.__traceback__)[-6:])
             log().error("%s failed with %s (its text is not shown, it may hold a secret):\n%s", name, error.__class__.__name__, where)
-            raise UnexpectedError(f"{name} failed unexpectedly with {error.__class__.__name__}: a mistake of this software; the log shows where. "
-                                  "The next run goes on from the database") from None
+            raise UnexpectedError(
+                f"{name} failed unexpectedly with {error.__class__.__name__}: a mistake of this software; the log shows where. "
+                "The next run goes on from the database"
+            ) from None
 
     return run

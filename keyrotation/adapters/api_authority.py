@@ -53,7 +53,7 @@ class ApiAuthority:
         """Asks the service to promote the previous key again."""
         failed: Key = self._keys.look().ring.require_current()
         self._keys.renew(rotation)
-        if failed.kid == kid:                   # done already, by a run that died before it could say so
+        if failed.kid == kid:  # done already, by a run that died before it could say so
             self._keys.mark_rolled_back(rotation, self._keys.rotation(rotation.id).new_kid or "")
             return
         self._promote(kid)
@@ -86,7 +86,9 @@ class ApiAuthority:
         return self._send(url, headers) if answer.status == 401 else answer
 
     def _send(self, url: str, headers: dict[str, str]) -> Answer:
-        return exchange("POST", url, headers={**headers, "Authorization": f"Bearer {self._admin_token.reveal()}", "Accept": "application/json"}, data=b"", timeout=15)
+        return exchange(
+            "POST", url, headers={**headers, "Authorization": f"Bearer {self._admin_token.reveal()}", "Accept": "application/json"}, data=b"", timeout=15
+        )
 
 
 def _refusal(url: str, answer: Answer) -> WorldError:

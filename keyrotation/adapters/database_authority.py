@@ -77,8 +77,12 @@ def make_key(environment: str, seal: Callable[[bytes, bytes], Sealed], canaries:
     plaintext = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
     sealed = seal(plaintext, sealing_context(environment, kid))
     return NewKey(
-        kid=kid, public_jwk={**public, "kid": kid, "alg": "ES256", "use": "sig"}, ciphertext=sealed.ciphertext, sealed_by=sealed.sealed_by,
-        canaries=_sheaf(private, kid, canaries, now) if canaries else ())
+        kid=kid,
+        public_jwk={**public, "kid": kid, "alg": "ES256", "use": "sig"},
+        ciphertext=sealed.ciphertext,
+        sealed_by=sealed.sealed_by,
+        canaries=_sheaf(private, kid, canaries, now) if canaries else (),
+    )
 
 
 def _sheaf(private: ec.EllipticCurvePrivateKey, kid: str, terms: CanaryTerms, now: datetime) -> tuple[str, ...]:
@@ -86,7 +90,8 @@ def _sheaf(private: ec.EllipticCurvePrivateKey, kid: str, terms: CanaryTerms, no
     claims = {"iss": terms.issuer, "aud": terms.audience, "iat": int(now.timestamp()), "exp": int((now + terms.lifetime).timestamp())}
     return tuple(
         jwt.encode({**claims, "jti": secrets.token_urlsafe(9)}, private, algorithm="ES256", headers={"kid": kid, "typ": CANARY_TYPE})
-        for _ in range(terms.count))
+        for _ in range(terms.count)
+    )
 
 
 def _coordinate(number: int) -> str:

@@ -57,7 +57,7 @@ def _ask_all(targets: Iterable[tuple[str, str]], tokens: Sequence[str]) -> list[
             observation = _ask(name, lambda url=url, token=token: exchange("GET", url, headers={"Authorization": f"Bearer {token}"}))  # type: ignore[misc]
             seen.append(observation)
             if observation.answer is not Shown.ACCEPTED:
-                break                   # one that does not accept settles the round; a dead one would cost its timeout each time
+                break  # one that does not accept settles the round; a dead one would cost its timeout each time
     return seen
 
 

@@ -20,8 +20,8 @@ from keyrotation.ports import Dated, Published, Token
 from keyrotation.secrets import SecretRef
 
 KEY_BEARING_HEADERS = ("jku", "jwk", "x5u", "x5c", "crit")
-COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")      # RFC 7515, 7.1; PyJWT lets padding pass
-LONGEST_AGE = 2**31      # seconds, the largest number that a cache need understand (RFC 9111, 1.2.2)
+COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")  # RFC 7515, 7.1; PyJWT lets padding pass
+LONGEST_AGE = 2**31  # seconds, the largest number that a cache need understand (RFC 9111, 1.2.2)
 
 
 class HttpIdentity:
@@ -40,11 +40,18 @@ class HttpIdentity:
 
     def fresh_token(self) -> Token:
         """A token that was issued just now, not verified yet."""
-        answer = exchange("POST", self._token_url, auth=(self._client_id, self._client_secret.reveal()),
-                          data={"grant_type": "client_credentials", "scope": self._scope}, headers={"Accept": "application/json"})
+        answer = exchange(
+            "POST",
+            self._token_url,
+            auth=(self._client_id, self._client_secret.reveal()),
+            data={"grant_type": "client_credentials", "scope": self._scope},
+            headers={"Accept": "application/json"},
+        )
         if answer.status in (400, 401, 403):
-            raise Denied(f"the token endpoint {place(self._token_url)} refuses the client {self._client_id!r} (HTTP {answer.status}): "
-                         "check identity.client_id, identity.client_secret and identity.scope")
+            raise Denied(
+                f"the token endpoint {place(self._token_url)} refuses the client {self._client_id!r} (HTTP {answer.status}): "
+                "check identity.client_id, identity.client_secret and identity.scope"
+            )
         if answer.status != 200:
             raise _not_ok("the token endpoint", self._token_url, answer)
         try:
@@ -78,8 +85,13 @@ def verify(raw: str, jwks: Jwks, issuer: str) -> None:
         if kid not in jwks.keys:
             raise BadAnswer(f"a token names key {kid[:64]}, which the JWKS does not hold")
         key = jwt.PyJWK({**jwks.keys[kid], "alg": "ES256"})
-        jwt.decode(raw, key, algorithms=["ES256"], issuer=issuer, options={
-            "verify_exp": False, "verify_iat": False, "verify_nbf": False, "verify_aud": False, "require": ["iss", "exp", "iat"]})
+        jwt.decode(
+            raw,
+            key,
+            algorithms=["ES256"],
+            issuer=issuer,
+            options={"verify_exp": False, "verify_iat": False, "verify_nbf": False, "verify_aud": False, "require": ["iss", "exp", "iat"]},
+        )
     except jwt.InvalidSignatureError:
         raise BadAnswer("a token's signature does not match its key in the JWKS") from None
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
@@ -87,7 +99,9 @@ def verify(raw: str, jwks: Jwks, issuer: str) -> None:
 
 
 def _unverified_claims(raw: str) -> dict[str, Any]:
-    claims: dict[str, Any] = jwt.decode(raw, options={"verify_signature": False, "verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False})
+    claims: dict[str, Any] = jwt.decode(
+        raw, options={"verify_signature": False, "verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False}
+    )
     return claims
 
 

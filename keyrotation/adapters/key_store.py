@@ -97,6 +97,7 @@ class PostgresKeyStore(_Looking):
 
     def close(self, rotation: Rotation, outcome: str, message: str, evidence: Mapping[str, Any] | None = None) -> Rotation:
         """The rotation, ended. Closing again with the same outcome is success: an answer may have been lost."""
+
         def work(connection: Connection) -> Rotation:
             self._say(connection, rotation.actor, rotation.flow_run_id, rotation, message, evidence)
             values = {"id": rotation.id, "epoch": rotation.epoch, "outcome": outcome, "message": message}
@@ -113,10 +114,17 @@ class PostgresKeyStore(_Looking):
 
     def insert(self, rotation: Rotation, key: NewKey, reason: str) -> None:
         """Publishes the new key as next; its rotation makes no second one (a unique index)."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason, {"sealed_by": key.sealed_by, "canaries": len(key.canaries)})
-            values = {"kid": key.kid, "public_jwk": json.dumps(dict(key.public_jwk)), "ciphertext": key.ciphertext, "sealed_by": key.sealed_by,
-                      "canaries": json.dumps(key.canaries), "rotation_id": rotation.id}
+            values = {
+                "kid": key.kid,
+                "public_jwk": json.dumps(dict(key.public_jwk)),
+                "ciphertext": key.ciphertext,
+                "sealed_by": key.sealed_by,
+                "canaries": json.dumps(key.canaries),
+                "rotation_id": rotation.id,
+            }
             self._touch(connection, "insert_key", values, "no key was published: another one is next already, or this rotation has made its key")
             connection.execute(query("name_new_key"), {"id": rotation.id, "kid": key.kid})
 
@@ -124,6 +132,7 @@ class PostgresKeyStore(_Looking):
 
     def adopt(self, rotation: Rotation, kid: str) -> None:
         """Names the key that this rotation promotes: one that was published before, or that the identity service made."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, "")
             connection.execute(query("name_new_key"), {"id": rotation.id, "kid": kid})
@@ -132,6 +141,7 @@ class PostgresKeyStore(_Looking):
 
     def confirm(self, rotation: Rotation, retention: timedelta) -> None:
         """Notes, in a transaction of its own, that what was committed before has been seen."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, "")
             connection.execute(query("confirm"), {"retention": retention})
@@ -140,6 +150,7 @@ class PostgresKeyStore(_Looking):
 
     def accept(self, rotation: Rotation, kid: str) -> None:
         """Notes that every gateway that can be probed was shown to know the key."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, "")
             self._touch(connection, "accept", {"kid": kid}, f"key {kid} is not next any more")
@@ -148,17 +159,23 @@ class PostgresKeyStore(_Looking):
 
     def promote(self, rotation: Rotation, kid: str, gate: Gate, reason: str) -> None:
         """Current becomes previous and the key becomes current, in one transaction; raises Refused where the gate is shut."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason)
             old = connection.execute(query("demote_current"), {"kid": kid}).scalar()
-            self._touch(connection, "promote", {"kid": kid, "wait": gate.wait, "proof": gate.proof},
-                        f"key {kid} may not be promoted yet: it is not next, not published long enough, or not shown to be known everywhere")
+            self._touch(
+                connection,
+                "promote",
+                {"kid": kid, "wait": gate.wait, "proof": gate.proof},
+                f"key {kid} may not be promoted yet: it is not next, not published long enough, or not shown to be known everywhere",
+            )
             connection.execute(query("name_promoted"), {"id": rotation.id, "old_kid": old, "kid": kid})
 
         self._database.write(work)
 
     def gate_is_open(self, rotation: Rotation, kid: str, gate: Gate) -> bool:
         """Whether `promote` would be let through, for an authority that promotes by its own API. Renews the lease."""
+
         def work(connection: Connection) -> bool:
             self._fence(connection, rotation, "")
             return bool(connection.execute(query("gate_is_open"), {"kid": kid, "wait": gate.wait, "proof": gate.proof}).scalar_one())
@@ -167,6 +184,7 @@ class PostgresKeyStore(_Looking):
 
     def name_promoted(self, rotation: Rotation, old_kid: str | None, kid: str) -> None:
         """Notes which key was current before, where the identity service promoted."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, "")
             connection.execute(query("name_promoted"), {"id": rotation.id, "old_kid": old_kid, "kid": kid})
@@ -175,6 +193,7 @@ class PostgresKeyStore(_Looking):
 
     def roll_back(self, rotation: Rotation, kid: str, reason: str) -> None:
         """The previous key is current again; the one that failed is previous, never to be promoted again."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason)
             failed = connection.execute(query("demote_current"), {"kid": kid}).scalar()
@@ -186,6 +205,7 @@ class PostgresKeyStore(_Looking):
 
     def mark_rolled_back(self, rotation: Rotation, kid: str) -> None:
         """The same marks, where the identity service did the promotion back."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, "")
             self._touch(connection, "never_promote_again", {"kid": kid}, f"key {kid} was not rolled back: it is not previous")
@@ -195,6 +215,7 @@ class PostgresKeyStore(_Looking):
 
     def republish(self, rotation: Rotation, kid: str, reason: str) -> None:
         """Brings a key that was cleaned up too early back into the JWKS, for verification only."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason)
             self._touch(connection, "republish", {"kid": kid}, f"key {kid} cannot be republished: it is not disabled, or compromised")
@@ -203,6 +224,7 @@ class PostgresKeyStore(_Looking):
 
     def hold_cleanup(self, rotation: Rotation, kid: str, reason: str) -> None:
         """Keeps the key's cleanup back until a person releases it. A key that is not previous has no cleanup to be held: nothing is done."""
+
         def work(connection: Connection) -> None:
             self._fence(connection, rotation, reason)
             connection.execute(query("hold_cleanup"), {"kid": kid, "reason": reason})
@@ -211,6 +233,7 @@ class PostgresKeyStore(_Looking):
 
     def spend_canaries(self, rotation: Rotation, kid: str, count: int) -> Sequence[str]:
         """`count` canaries that no gateway has seen; fewer where the sheaf is used up."""
+
         def work(connection: Connection) -> Sequence[str]:
             self._fence(connection, rotation, "")
             before = self._canaries(connection).get(kid, 0)
@@ -218,7 +241,7 @@ class PostgresKeyStore(_Looking):
             if row is None:
                 return ()
             sheaf: list[str] = row.canaries
-            return tuple(sheaf[len(sheaf) - before:row.canaries_spent])
+            return tuple(sheaf[len(sheaf) - before : row.canaries_spent])
 
         return self._database.write(work)
 
@@ -234,6 +257,7 @@ class PostgresKeyStore(_Looking):
 
     def release(self, by: str) -> None:
         """Lifts the hold of the environment and of every cleanup."""
+
         def work(connection: Connection) -> None:
             self._say(connection, by, None, None, "released")
             lifted = connection.execute(query("release")).rowcount
@@ -242,11 +266,18 @@ class PostgresKeyStore(_Looking):
 
         self._database.write(work)
 
-    def record(self, event: str, request: Request, *, rotation_id: int | None = None, kid: str | None = None, reason: str = "",
-               evidence: Mapping[str, Any] | None = None) -> None:
+    def record(
+        self,
+        event: str,
+        request: Request,
+        *,
+        rotation_id: int | None = None,
+        kid: str | None = None,
+        reason: str = "",
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None:
         """An entry of its own: something that was seen or done beside the keys."""
-        self._database.write(lambda connection: self._record(
-            connection, event, request.actor, request.flow_run_id, rotation_id, kid, reason, evidence or {}))
+        self._database.write(lambda connection: self._record(connection, event, request.actor, request.flow_run_id, rotation_id, kid, reason, evidence or {}))
 
     def evidence_of(self, rotation_id: int, event: str) -> Mapping[str, Any] | None:
         """The evidence of the newest entry of that kind."""
@@ -254,11 +285,20 @@ class PostgresKeyStore(_Looking):
 
     # ---- helpers
 
-    def _say(self, connection: Connection, actor: str, flow_run_id: str | None, rotation: Rotation | None, reason: str,
-             evidence: Mapping[str, Any] | None = None) -> None:
-        connection.execute(query("say"), {
-            "actor": actor, "flow_run_id": flow_run_id, "rotation_id": str(rotation.id) if rotation else None,
-            "epoch": str(rotation.epoch) if rotation else None, "reason": reason, "evidence": json.dumps(dict(evidence)) if evidence else None})
+    def _say(
+        self, connection: Connection, actor: str, flow_run_id: str | None, rotation: Rotation | None, reason: str, evidence: Mapping[str, Any] | None = None
+    ) -> None:
+        connection.execute(
+            query("say"),
+            {
+                "actor": actor,
+                "flow_run_id": flow_run_id,
+                "rotation_id": str(rotation.id) if rotation else None,
+                "epoch": str(rotation.epoch) if rotation else None,
+                "reason": reason,
+                "evidence": json.dumps(dict(evidence)) if evidence else None,
+            },
+        )
 
     def _fence(self, connection: Connection, rotation: Rotation, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         """First in every write: the rotation's row is ours, with our epoch, until the commit."""
@@ -270,10 +310,29 @@ class PostgresKeyStore(_Looking):
         if connection.execute(query(statement), values).rowcount != 1:
             raise Refused(otherwise)
 
-    def _record(self, connection: Connection, event: str, actor: str, flow_run_id: str | None, rotation_id: int | None, kid: str | None,
-                reason: str, evidence: Mapping[str, Any]) -> None:
-        connection.execute(query("record"), {"event": event, "actor": actor, "flow_run_id": flow_run_id, "rotation_id": rotation_id, "kid": kid,
-                                             "reason": reason, "evidence": json.dumps(dict(evidence))})
+    def _record(
+        self,
+        connection: Connection,
+        event: str,
+        actor: str,
+        flow_run_id: str | None,
+        rotation_id: int | None,
+        kid: str | None,
+        reason: str,
+        evidence: Mapping[str, Any],
+    ) -> None:
+        connection.execute(
+            query("record"),
+            {
+                "event": event,
+                "actor": actor,
+                "flow_run_id": flow_run_id,
+                "rotation_id": rotation_id,
+                "kid": kid,
+                "reason": reason,
+                "evidence": json.dumps(dict(evidence)),
+            },
+        )
 
 
 class PostgresCleaner(_Looking):
@@ -281,9 +340,19 @@ class PostgresCleaner(_Looking):
 
     def clean_up(self, key: Key, request: Request, reason: str, evidence: Mapping[str, Any]) -> bool:
         """True if this call disabled the key; False if it is not there to be disabled any more (F52, F53)."""
+
         def work(connection: Connection) -> bool:
-            connection.execute(query("say"), {"actor": request.actor, "flow_run_id": request.flow_run_id, "rotation_id": None, "epoch": None,
-                                              "reason": reason, "evidence": json.dumps(dict(evidence))})
+            connection.execute(
+                query("say"),
+                {
+                    "actor": request.actor,
+                    "flow_run_id": request.flow_run_id,
+                    "rotation_id": None,
+                    "epoch": None,
+                    "reason": reason,
+                    "evidence": json.dumps(dict(evidence)),
+                },
+            )
             return bool(connection.execute(query("clean_up"), {"kid": key.kid, "demoted_at": key.demoted_at}).rowcount)
 
         return self._database.write(work)
@@ -294,8 +363,7 @@ class PostgresRecords(_Looking):
 
     def rotations(self, limit: int) -> Sequence[Rotation]:
         """The newest rotations, newest first."""
-        return self._database.read(lambda connection: tuple(
-            self._rotation(row) for row in connection.execute(query("rotations"), {"limit": limit}).mappings()))
+        return self._database.read(lambda connection: tuple(self._rotation(row) for row in connection.execute(query("rotations"), {"limit": limit}).mappings()))
 
     def entries(self, after: int = 0) -> Iterator[Entry]:
         """The ledger from an entry number on, in order."""

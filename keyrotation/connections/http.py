@@ -41,7 +41,7 @@ class Answer:
             told = parsedate_to_datetime(self.headers["Date"])
         except (KeyError, ValueError, TypeError, OverflowError):
             return None
-        return told if told.tzinfo else told.replace(tzinfo=UTC)      # "-0000": UTC, and nothing said about where the peer is
+        return told if told.tzinfo else told.replace(tzinfo=UTC)  # "-0000": UTC, and nothing said about where the peer is
 
 
 def place(url: str) -> str:
@@ -50,8 +50,15 @@ def place(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def exchange(method: str, url: str, *, headers: Mapping[str, str] | None = None, data: bytes | Mapping[str, str] | None = None,
-             auth: tuple[str, str] | None = None, timeout: float = TIMEOUT) -> Answer:
+def exchange(
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    data: bytes | Mapping[str, str] | None = None,
+    auth: tuple[str, str] | None = None,
+    timeout: float = TIMEOUT,
+) -> Answer:
     """The answer; raises Unreachable where none came in time, BadAnswer where it is too large or a redirect."""
     result: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
 
@@ -75,20 +82,22 @@ def exchange(method: str, url: str, *, headers: Mapping[str, str] | None = None,
         raise BadAnswer(f"{place(url)} shows a certificate that is not valid for it: nothing was sent") from None
     if isinstance(outcome, requests.RequestException):
         raise Unreachable(f"{place(url)} does not answer ({outcome.__class__.__name__}): check that it runs and may be reached from here") from None
-    if isinstance(outcome, UnicodeError):       # its text and arguments hold what could not be sent
+    if isinstance(outcome, UnicodeError):  # its text and arguments hold what could not be sent
         raise SettingsError(f"a secret for {place(url)} holds a character that no HTTP header can carry: look at what its reference leads to") from None
     raise outcome from None
 
 
-def _exchange(method: str, url: str, headers: Mapping[str, str], data: bytes | Mapping[str, str] | None, auth: tuple[str, str] | None,
-              timeout: float) -> Answer:
+def _exchange(
+    method: str, url: str, headers: Mapping[str, str], data: bytes | Mapping[str, str] | None, auth: tuple[str, str] | None, timeout: float
+) -> Answer:
     begun = time.monotonic()
     # A function in place of no credentials: else requests looks into ~/.netrc, and a line for that host replaces our own Authorization header.
     # As octets: requests would write text in Latin-1 (RFC 7617 asks for UTF-8).
     credentials: Any = (auth[0].encode(), auth[1].encode()) if auth else lambda prepared: prepared
     with requests.Session() as session:
-        response = session.request(method, url, headers={"Connection": "close", **headers}, data=data, auth=credentials, timeout=timeout,
-                                   allow_redirects=False, stream=True)
+        response = session.request(
+            method, url, headers={"Connection": "close", **headers}, data=data, auth=credentials, timeout=timeout, allow_redirects=False, stream=True
+        )
         with response:
             round_trip = timedelta(seconds=time.monotonic() - begun)
             if response.is_redirect or response.status_code in (301, 302, 303, 307, 308):

@@ -17,12 +17,12 @@ from keyrotation.domain.policy import Policy, Seen, Sum, show, show_instant
 class Action(StrEnum):
     """What a run does."""
 
-    ROTATE = "rotate"          # open a rotation and carry it out
-    RESUME = "resume"          # finish what a dead run left
-    WAIT = "wait"              # somebody works on it: wait for the end, and report that
-    NOTHING = "nothing"        # all is as it should be
-    ON_HOLD = "on hold"        # a person said: not now
-    BOOTSTRAP = "bootstrap"    # there has never been a key
+    ROTATE = "rotate"  # open a rotation and carry it out
+    RESUME = "resume"  # finish what a dead run left
+    WAIT = "wait"  # somebody works on it: wait for the end, and report that
+    NOTHING = "nothing"  # all is as it should be
+    ON_HOLD = "on hold"  # a person said: not now
+    BOOTSTRAP = "bootstrap"  # there has never been a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +90,18 @@ class Request:
 
 def decide_rotation(facts: Facts, request: Request, policy: Policy) -> Decision:
     """What a rotation run does with what it finds."""
-    return (
-        _about_an_emergency(facts)
-        or _about_the_hold(facts)
-        or _about_open_work(facts, request)
-        or _about_age(facts, request, policy)
-    )
+    return _about_an_emergency(facts) or _about_the_hold(facts) or _about_open_work(facts, request) or _about_age(facts, request, policy)
 
 
 def decide_bootstrap(facts: Facts, request: Request) -> Decision:
     """What a bootstrap run does: only an environment without any current key is given one. A bootstrap that died after its promotion is finished."""
     unfinished = facts.open_rotation is not None and facts.open_rotation.kind == "bootstrap"
     if facts.ring.current is not None and not unfinished:
-        return Decision(Action.NOTHING, "has a key", f"nothing to do: key {facts.ring.current.kid} is current since "
-                        f"{show_instant(facts.ring.current.promoted_at or facts.ring.current.created_at)}")
+        return Decision(
+            Action.NOTHING,
+            "has a key",
+            f"nothing to do: key {facts.ring.current.kid} is current since {show_instant(facts.ring.current.promoted_at or facts.ring.current.created_at)}",
+        )
     return (
         _about_an_emergency(facts)
         or _about_the_hold(facts)
@@ -122,8 +120,11 @@ def _about_an_emergency(facts: Facts) -> Decision | None:
 def _about_the_hold(facts: Facts) -> Decision | None:
     if facts.hold is None:
         return None
-    return Decision(Action.ON_HOLD, "on hold", f"on hold since {show_instant(facts.hold.since)} by {facts.hold.by}: {facts.hold.reason}. "
-                    f"To lift it: keyrotation release {facts.environment}")
+    return Decision(
+        Action.ON_HOLD,
+        "on hold",
+        f"on hold since {show_instant(facts.hold.since)} by {facts.hold.by}: {facts.hold.reason}. To lift it: keyrotation release {facts.environment}",
+    )
 
 
 def _about_open_work(facts: Facts, request: Request) -> Decision | None:
@@ -151,8 +152,12 @@ def _about_age(facts: Facts, request: Request, policy: Policy) -> Decision:
         return Decision(Action.ROTATE, "asked for", f"rotating as asked: key {current.kid} is {show(age)} old")
     due_at = policy.due_at(promoted_at)
     if facts.now < due_at:
-        return Decision(Action.NOTHING, "not due", f"not due: key {current.kid} is {show(age)} old; a scheduled run rotates it from {show_instant(due_at)} on "
-                        f"(half of rotate_every {show(policy.rotate_every)})")
+        return Decision(
+            Action.NOTHING,
+            "not due",
+            f"not due: key {current.kid} is {show(age)} old; a scheduled run rotates it from {show_instant(due_at)} on "
+            f"(half of rotate_every {show(policy.rotate_every)})",
+        )
     return Decision(Action.ROTATE, "due", f"due: key {current.kid} is {show(age)} old, rotated every {show(policy.rotate_every)}")
 
 
@@ -169,6 +174,7 @@ class Cleanup:
 
 def may_clean_up(facts: Facts, key: Key, policy: Policy, seen: Seen, demoted_at: datetime | None = None) -> Cleanup:
     """May this key be cleaned up now? `demoted_at` names the demotion that the cleanup was made for: another one is another cleanup (F53)."""
+
     def no(reason: str, message: str, until: Sum | None = None) -> Cleanup:
         return Cleanup(key.kid, False, reason, message, until)
 
@@ -177,7 +183,9 @@ def may_clean_up(facts: Facts, key: Key, policy: Policy, seen: Seen, demoted_at:
     if key.status is not Status.PREVIOUS:
         return no("in use", f"nothing to do: key {key.kid} is {key.status}; only a previous key is cleaned up")
     if demoted_at is not None and key.demoted_at != demoted_at:
-        return no("another demotion", f"nothing to do: key {key.kid} was promoted and demoted again since this cleanup was scheduled; it has a cleanup of its own")
+        return no(
+            "another demotion", f"nothing to do: key {key.kid} was promoted and demoted again since this cleanup was scheduled; it has a cleanup of its own"
+        )
     if facts.hold is not None:
         return no("on hold", f"the environment is on hold by {facts.hold.by}: {facts.hold.reason}")
     if key.cleanup_hold is not None:
@@ -188,8 +196,12 @@ def may_clean_up(facts: Facts, key: Key, policy: Policy, seen: Seen, demoted_at:
         return no("too early", f"key {key.kid} is not cleaned up: its demotion has not been confirmed yet; the next rotation run does that")
     until = policy.may_clean_up(key.demoted_seen_at, seen)
     if seen.token_lifetime is not None and seen.token_lifetime > policy.token_lifetime:
-        return no("tokens live longer", f"key {key.kid} is not cleaned up: a live token lives {show(seen.token_lifetime)}, longer than policy.token_lifetime "
-                  f"{show(policy.token_lifetime)}. Set policy.token_lifetime to the longest life of any token", until)
+        return no(
+            "tokens live longer",
+            f"key {key.kid} is not cleaned up: a live token lives {show(seen.token_lifetime)}, longer than policy.token_lifetime "
+            f"{show(policy.token_lifetime)}. Set policy.token_lifetime to the longest life of any token",
+            until,
+        )
     latest = max(until.instant, key.retain_until or until.instant)
     if facts.now < latest:
         return no("too early", f"key {key.kid} is not cleaned up before {show_instant(latest)}: {until.explain()}", until)

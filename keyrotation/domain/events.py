@@ -12,8 +12,8 @@ class Proof(StrEnum):
     """What was shown about a promotion."""
 
     PROVEN = "proven"
-    WRONG = "wrong"            # the new key itself does not work: roll back
-    UNPROVEN = "unproven"      # something else is in the way: hold, and page
+    WRONG = "wrong"  # the new key itself does not work: roll back
+    UNPROVEN = "unproven"  # something else is in the way: hold, and page
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,4 +24,4 @@ class Happened:
     message: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
     proof: Proof = Proof.PROVEN
-    changed: bool = True       # False: it was so already
+    changed: bool = True  # False: it was so already

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GENESIS = "0" * 64
-COLUMNS = ("seq", "at", "environment", "rotation_id", "kid", "event", "old_status", "new_status", "actor", "flow_run_id", "reason", "evidence",
-           "previous_hash")
+COLUMNS = ("seq", "at", "environment", "rotation_id", "kid", "event", "old_status", "new_status", "actor", "flow_run_id", "reason", "evidence", "previous_hash")
 
 
 @dataclass(frozen=True, slots=True)

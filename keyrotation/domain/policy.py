@@ -65,7 +65,7 @@ class Sum:
 
     def explain(self) -> str:
         """`2026-01-05 03:00:11 UTC = published 2026-01-05 03:00:00 UTC + gateway cache 10s + clock skew 1s`."""
-        terms = "".join(f" + {name} {show(term, units=4)}" for name, term in self.terms if term)      # all units: who adds them up gets the instant
+        terms = "".join(f" + {name} {show(term, units=4)}" for name, term in self.terms if term)  # all units: who adds them up gets the instant
         return f"{show_instant(self.instant)} = {self.start_name} {show_instant(self.start)}{terms}"
 
 
@@ -73,8 +73,8 @@ class Sum:
 class Seen:
     """What was seen live, to hold against the settings: the stricter counts."""
 
-    jwks_max_age: timedelta | None = None      # Cache-Control of the JWKS as the public gets it
-    token_lifetime: timedelta | None = None    # exp - iat of a real token
+    jwks_max_age: timedelta | None = None  # Cache-Control of the JWKS as the public gets it
+    token_lifetime: timedelta | None = None  # exp - iat of a real token
 
 
 @dataclass(frozen=True, slots=True)

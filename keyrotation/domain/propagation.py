@@ -59,7 +59,7 @@ class Verdict:
 
     accepted: tuple[str, ...]
     refused: tuple[str, ...]
-    unproven: tuple[tuple[str, str], ...]   # gateway, what it said
+    unproven: tuple[tuple[str, str], ...]  # gateway, what it said
 
     @property
     def everywhere(self) -> bool:

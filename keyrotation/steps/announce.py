@@ -7,6 +7,7 @@ from keyrotation.domain.errors import KeyRotationError
 from keyrotation.ports import Environment
 
 SAID, MISSED = "announced", "announcement missed"
+LOOKED_THROUGH = 50  # rotations: more than any retention spans
 
 
 def announce(env: Environment, text: str, request: Request, rotation_id: int | None = None) -> str:
@@ -20,6 +21,12 @@ def announce(env: Environment, text: str, request: Request, rotation_id: int | N
         return "said in Slack"
     except KeyRotationError as error:
         return _missed(env, text, request, rotation_id, str(error))
+
+
+def rotation_of(env: Environment, kid: str) -> int | None:
+    """The rotation that took the key out of service: what becomes of the key belongs into its thread."""
+    newest_first = env.records.rotations(LOOKED_THROUGH)
+    return next((work.id for work in newest_first if kid == (work.new_kid if work.rolled_back else work.old_kid)), None)
 
 
 def publish_head(env: Environment) -> str:

@@ -12,7 +12,7 @@ from keyrotation.domain.keys import Key
 from keyrotation.domain.policy import Seen
 from keyrotation.ports import Environment
 
-TOKENS_SEEN = 5          # fresh tokens looked at before an old key goes: one that still names it stops the cleanup
+TOKENS_SEEN = 5  # fresh tokens looked at before an old key goes: one that still names it stops the cleanup
 
 
 def plan_cleanup(env: Environment, kid: str | None, demoted_at: datetime | None) -> Sequence[Cleanup]:
@@ -22,7 +22,10 @@ def plan_cleanup(env: Environment, kid: str | None, demoted_at: datetime | None)
     if not keys:
         return ()
     if not kid and env.policy.cleanup == "manual":
-        return [Cleanup(key.kid, False, "manual", f"key {key.kid} waits for a person (policy.cleanup = \"manual\"): run cleanup-old-keys with kid = {key.kid}") for key in keys]
+        return [
+            Cleanup(key.kid, False, "manual", f'key {key.kid} waits for a person (policy.cleanup = "manual"): run cleanup-old-keys with kid = {key.kid}')
+            for key in keys
+        ]
     seen = _seen_live(env, facts, keys)
     return [may_clean_up(facts, key, env.policy, seen, demoted_at) for key in keys]
 
@@ -34,7 +37,9 @@ def _seen_live(env: Environment, facts: Facts, keys: Sequence[Key]) -> Seen:
     for token in tokens:
         env.identity.verify(token, jwks)
         if any(token.kid == key.kid for key in keys) and not any(key.kid == token.kid and key.status == "current" for key in facts.ring.keys):
-            raise Refused(f"nothing is cleaned up: a fresh token is still signed by key {token.kid}, which is previous. Check identity.key_cache and the identity service's replicas")
+            raise Refused(
+                f"nothing is cleaned up: a fresh token is still signed by key {token.kid}, which is previous. Check identity.key_cache and the identity service's replicas"
+            )
     return Seen(token_lifetime=max(token.lifetime for token in tokens))
 
 
@@ -45,5 +50,9 @@ def clean_up(env: Environment, cleanup: Cleanup, request: Request) -> Happened:
     key = env.keys.look().ring.find(cleanup.kid)
     evidence = {"retention": cleanup.until.explain() if cleanup.until else ""}
     if not env.cleaner.clean_up(key, request, cleanup.message, evidence):
-        return Happened(key.kid, f"nothing to do: key {key.kid} is not what it was a moment ago (it is {env.keys.look().ring.find(key.kid).status})", changed=False)
-    return Happened(key.kid, f"key {key.kid} is disabled and its private half erased: {cleanup.until.explain() if cleanup.until else cleanup.message}", evidence)
+        return Happened(
+            key.kid, f"nothing to do: key {key.kid} is not what it was a moment ago (it is {env.keys.look().ring.find(key.kid).status})", changed=False
+        )
+    return Happened(
+        key.kid, f"key {key.kid} is disabled and its private half erased: {cleanup.until.explain() if cleanup.until else cleanup.message}", evidence
+    )

@@ -19,9 +19,9 @@ from keyrotation.domain.policy import Seen, Sum, show, show_instant
 from keyrotation.domain.propagation import Answer, Verdict, judge, probes_needed
 from keyrotation.ports import Environment, Progress
 
-POLL = 1.0                # seconds between two looks
-ATTEMPTS = 4              # rounds of proof before the next rung, and after the last: a refetch under way gets its moment
-PUBLISH_PATIENCE = 30.0   # seconds beyond the identity service's caches until the JWKS must show a published key
+POLL = 1.0  # seconds between two looks
+ATTEMPTS = 4  # rounds of proof before the next rung, and after the last: a refetch under way gets its moment
+PUBLISH_PATIENCE = 30.0  # seconds beyond the identity service's caches until the JWKS must show a published key
 
 
 def can_prove(env: Environment, key: Key) -> bool:
@@ -38,16 +38,22 @@ def wait_for_gateway_cache(env: Environment, rotation: Rotation, kid: str, progr
     wait = _Wait(env, rotation, key, env.policy.seen_everywhere(_seen_at(key), seen), env.policy.may_promote(_seen_at(key), seen), progress)
     if not can_prove(env, key):
         wait.until(wait.deadline.instant)
-        return Happened(kid, f"waited until {wait.deadline.explain()}; no gateway could be probed with a canary of this key, the sum alone decides",
-                        {"deadline": wait.deadline.explain(), "known": "by time"})
+        return Happened(
+            kid,
+            f"waited until {wait.deadline.explain()}; no gateway could be probed with a canary of this key, the sum alone decides",
+            {"deadline": wait.deadline.explain(), "known": "by time"},
+        )
     verdict = wait.for_proof()
     alarm = canary_alarm(env, kid)
-    if alarm:                              # what opens the API is no probe: the proof is void, the whole sum has to pass
+    if alarm:  # what opens the API is no probe: the proof is void, the whole sum has to pass
         wait.until(wait.deadline.instant)
         return Happened(kid, f"waited until {wait.deadline.explain()}; {alarm}", {"deadline": wait.deadline.explain(), "known": "by time", "alarm": alarm})
     env.keys.accept(rotation, kid)
-    return Happened(kid, f"every gateway knows key {kid}: {verdict.explain()}", {
-        "deadline": wait.deadline.explain(), "known": verdict.explain(), "probes_each": probes_needed(env.workers), "refreshed": wait.refreshed})
+    return Happened(
+        kid,
+        f"every gateway knows key {kid}: {verdict.explain()}",
+        {"deadline": wait.deadline.explain(), "known": verdict.explain(), "probes_each": probes_needed(env.workers), "refreshed": wait.refreshed},
+    )
 
 
 def canary_alarm(env: Environment, kid: str) -> str | None:
@@ -58,8 +64,10 @@ def canary_alarm(env: Environment, kid: str) -> str | None:
     opened = [observation.gateway for observation in env.gateways.call(canary) if observation.answer is Answer.ACCEPTED]
     if not opened:
         return None
-    return (f"ALARM: the API of {', '.join(opened)} accepts a canary, which only the probe route may take: canaries are off, the waiting time alone decides. "
-            "Check the audiences of that gateway's API routes")
+    return (
+        f"ALARM: the API of {', '.join(opened)} accepts a canary, which only the probe route may take: canaries are off, the waiting time alone decides. "
+        "Check the audiences of that gateway's API routes"
+    )
 
 
 def await_publication(env: Environment, rotation: Rotation, key: Key, progress: Progress) -> Seen:
@@ -71,8 +79,10 @@ def await_publication(env: Environment, rotation: Rotation, key: Key, progress: 
             return Seen(jwks_max_age=published.max_age)
         now = env.keys.look().now
         if now > patience:
-            raise Unproven(f"the JWKS does not show key {key.kid}, published {show_instant(_seen_at(key))}: the identity service does not read this database, or a cache in front of "
-                           "it is longer than identity.key_cache. The current key is as it was")
+            raise Unproven(
+                f"the JWKS does not show key {key.kid}, published {show_instant(_seen_at(key))}: the identity service does not read this database, or a cache in front of "
+                "it is longer than identity.key_cache. The current key is as it was"
+            )
         env.keys.renew(rotation)
         progress(0.0, f"the JWKS does not show key {key.kid} yet")
         env.pause(POLL)
@@ -119,8 +129,10 @@ class _Wait:
             self._climb(rung.kind, verdict)
             verdict = self._prove()
         if not verdict.everywhere:
-            raise Unproven(f"not every gateway knows key {self.key.kid} after {self.deadline.explain()}: {verdict.explain()}. The current key is as it was; "
-                           f"refresh {', '.join(verdict.lagging) or 'the gateways'} by hand, then run the rotation again")
+            raise Unproven(
+                f"not every gateway knows key {self.key.kid} after {self.deadline.explain()}: {verdict.explain()}. The current key is as it was; "
+                f"refresh {', '.join(verdict.lagging) or 'the gateways'} by hand, then run the rotation again"
+            )
         return verdict
 
     def _climb(self, kind: str, verdict: Verdict) -> None:

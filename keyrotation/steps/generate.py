@@ -23,8 +23,12 @@ def generate(env: Environment, rotation: Rotation) -> Happened:
     confirm(env, rotation)
     key = env.keys.look().ring.find(kid)
     told = f"published key {kid}" if ready is None else f"key {kid} was published already"
-    return Happened(kid, f"{told}; it signs nothing yet" if key.status is Status.NEXT else f"{told} and is {key.status}",
-                    {"published_seen_at": str(key.published_seen_at), "canaries": key.canaries_left}, changed=ready is None)
+    return Happened(
+        kid,
+        f"{told}; it signs nothing yet" if key.status is Status.NEXT else f"{told} and is {key.status}",
+        {"published_seen_at": str(key.published_seen_at), "canaries": key.canaries_left},
+        changed=ready is None,
+    )
 
 
 def _ready(ring: KeyRing, work: Rotation) -> Key | None:
@@ -33,18 +37,22 @@ def _ready(ring: KeyRing, work: Rotation) -> Key | None:
     if own is not None and own.status in (Status.NEXT, Status.CURRENT):
         return own
     if own is not None and own.rotation_id == work.id and ring.next is None:
-        raise Refused(f"the key of this rotation, {own.kid}, is {own.status} now ({own.disabled_reason or 'it signs no more'}): this rotation ends here; run a new one")
+        raise Refused(
+            f"the key of this rotation, {own.kid}, is {own.status} now ({own.disabled_reason or 'it signs no more'}): this rotation ends here; run a new one"
+        )
     return ring.next
 
 
-def keep_standby(env: Environment, request: Request) -> Happened | None:
-    """With keep_standby, a next key is always published ahead: made in a rotation of its own. None where nothing was to do."""
+def keep_standby(env: Environment, request: Request) -> Happened:
+    """With keep_standby, a next key is always published ahead: made in a rotation of its own."""
     facts = env.keys.look()
-    if not env.policy.keep_standby or facts.ring.next is not None or facts.open_rotation is not None or facts.hold is not None:
-        return None
-    rotation = env.keys.open("standby", request, None)
+    if not env.policy.keep_standby:
+        return Happened(None, "no standby is wanted (policy.keep_standby)", changed=False)
+    if facts.ring.next is not None:
+        return Happened(facts.ring.next.kid, f"key {facts.ring.next.kid} is published ahead already", changed=False)
+    rotation = env.keys.open("standby", request, None) if facts.open_rotation is None and facts.hold is None else None
     if rotation is None:
-        return None
+        return Happened(None, "no standby is made now: another run works on the keys, or they are on hold", changed=False)
     made = generate(env, rotation)
     env.keys.close(rotation, "done", f"standby: {made.message}")
     return made

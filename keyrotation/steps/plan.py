@@ -78,8 +78,10 @@ def preflight(env: Environment, facts: Facts) -> tuple[Seen, str | None]:
     env.identity.verify(token, published.jwks)
     current = facts.ring.require_current()
     if token.kid != current.kid and current.promoted_at is not None and facts.now > current.promoted_at + env.policy.key_cache + env.policy.clock_skew:
-        raise Refused(f"tokens are signed by key {token.kid}, the database's current key is {current.kid}: the identity service reads another database, or its key "
-                      "cache is longer than identity.key_cache")
+        raise Refused(
+            f"tokens are signed by key {token.kid}, the database's current key is {current.kid}: the identity service reads another database, or its key "
+            "cache is longer than identity.key_cache"
+        )
     _require_accepted(env, token.raw)
     return Seen(published.max_age, token.lifetime), canary_alarm(env, current.kid)
 
@@ -94,8 +96,10 @@ def check_clocks(env: Environment) -> dict[str, str]:
     said = {}
     for name, apart, tolerated in clock_differences(env):
         if abs(apart) > tolerated:
-            raise Refused(f"the clocks of the database and of {name} are {abs(apart):.1f} s apart, {tolerated:.1f} s are tolerated (policy.clock_skew and the resolution of "
-                          "the Date header): set the wrong one right; no waiting rule holds until then")
+            raise Refused(
+                f"the clocks of the database and of {name} are {abs(apart):.1f} s apart, {tolerated:.1f} s are tolerated (policy.clock_skew and the resolution of "
+                "the Date header): set the wrong one right; no waiting rule holds until then"
+            )
         said[name] = f"{apart:+.1f}s"
     return said
 
@@ -117,7 +121,9 @@ def clock_differences(env: Environment) -> list[tuple[str, float, float]]:
 def _require_accepted(env: Environment, raw: str) -> None:
     for observation in env.gateways.call(raw):
         if observation.answer is not Answer.ACCEPTED:
-            raise BadAnswer(f"gateway {observation.gateway} does not accept a fresh token before the rotation: {observation.said}. Mend that first; no key was changed")
+            raise BadAnswer(
+                f"gateway {observation.gateway} does not accept a fresh token before the rotation: {observation.said}. Mend that first; no key was changed"
+            )
 
 
 def summary(facts: Facts) -> list[tuple[str, str, str, str]]:

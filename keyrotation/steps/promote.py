@@ -29,8 +29,11 @@ def promote(env: Environment, rotation: Rotation, kid: str, by_time: bool) -> Ha
     env.authority.promote(rotation, kid, Gate(deadline.duration, not by_time), f"promoted by {rotation.kind} {rotation.id}")
     confirm(env, rotation)
     promoted = env.keys.look().ring.find(kid)
-    return Happened(kid, f"key {kid} signs now" + (f"; key {old.kid} is kept for its tokens" if old else ""),
-                    {"old_kid": old.kid if old else None, "promoted_at": str(promoted.promoted_at), "not_before": deadline.explain()})
+    return Happened(
+        kid,
+        f"key {kid} signs now" + (f"; key {old.kid} is kept for its tokens" if old else ""),
+        {"old_kid": old.kid if old else None, "promoted_at": str(promoted.promoted_at), "not_before": deadline.explain()},
+    )
 
 
 def _remember_an_old_token(env: Environment, rotation: Rotation) -> None:
@@ -47,10 +50,12 @@ def roll_back(env: Environment, rotation: Rotation, failure: Happened) -> Happen
     old = env.keys.look().ring.find(work.old_kid) if work.old_kid else None
     if old is None or not (old.status is Status.CURRENT or old.status is Status.PREVIOUS):
         raise Refused(f"{failure.message}. It cannot be rolled back: no previous key is left. Run the emergency-rotation deployment, or rotate again")
-    if old.status is Status.PREVIOUS or not work.rolled_back:      # the second: done by the service, not noted yet
+    if old.status is Status.PREVIOUS or not work.rolled_back:  # the second: done by the service, not noted yet
         env.authority.roll_back(rotation, old.kid, f"rolled back by {rotation.kind} {rotation.id}: {failure.message}")
     confirm(env, rotation)
-    return Happened(old.kid, f"rolled back to key {old.kid}: {failure.message}. Key {failure.kid} stays published until its tokens are dead", failure.evidence, Proof.WRONG)
+    return Happened(
+        old.kid, f"rolled back to key {old.kid}: {failure.message}. Key {failure.kid} stays published until its tokens are dead", failure.evidence, Proof.WRONG
+    )
 
 
 def hold_cleanup(env: Environment, rotation: Rotation, unproven: Happened) -> Happened:

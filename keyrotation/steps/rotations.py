@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 from keyrotation.domain.decision import Action, Decision, Request, Rotation, decide_bootstrap, decide_rotation
 from keyrotation.domain.errors import Busy
-from keyrotation.domain.policy import ZERO
+from keyrotation.domain.events import Happened, Proof
+from keyrotation.domain.policy import ZERO, show_instant
 from keyrotation.ports import Environment
 
 # What a rotation run does not carry on as a rotation: it ends it, and decides anew. (A dead bootstrap is carried on: its key has nobody to wait for.)
 SIDE_WORK = ("standby", "republish")
-LOOK_AGAIN = 1.0     # seconds between two looks at somebody else's rotation
+LOOK_AGAIN = 1.0  # seconds between two looks at somebody else's rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,15 @@ def await_end(env: Environment, rotation: Rotation) -> Rotation | None:
         env.pause(LOOK_AGAIN)
 
 
-def close_rotation(env: Environment, rotation: Rotation, outcome: str, message: str) -> Rotation:
-    """The rotation, ended with that outcome and its one sentence."""
+def close_rotation(env: Environment, rotation: Rotation, result: Happened) -> Rotation:
+    """The rotation, ended with what came of it, in words that everybody is shown."""
+    outcome = {Proof.PROVEN: "done", Proof.WRONG: "rolled back", Proof.UNPROVEN: "unproven"}[result.proof]
+    work = env.keys.rotation(rotation.id)
+    message = result.message
+    if outcome == "done" and work.old_kid is not None and work.new_kid is not None:
+        old = env.keys.look().ring.find(work.old_kid)
+        kept = f"; the old key verifies until {show_instant(old.retain_until)}" if old.published and old.retain_until else ""
+        message = f"rotated from key {work.old_kid} to key {work.new_kid}{kept}. Shown: {result.message}"
     return env.keys.close(rotation, outcome, message)
 
 

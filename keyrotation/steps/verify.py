@@ -19,10 +19,10 @@ from keyrotation.domain.policy import show_instant
 from keyrotation.domain.propagation import Answer, Observation, judge
 from keyrotation.ports import Environment, Progress, Token
 
-IN_A_ROW = 5              # fresh tokens that must all be right
-SURE = 3                  # looks in a row that say the key does not work, before it is rolled back
-POLL = 0.5                # seconds between two looks
-PATIENCE = 10.0           # seconds for an endpoint to come back, a gateway to answer
+IN_A_ROW = 5  # fresh tokens that must all be right
+SURE = 3  # looks in a row that say the key does not work, before it is rolled back
+POLL = 0.5  # seconds between two looks
+PATIENCE = 10.0  # seconds for an endpoint to come back, a gateway to answer
 
 
 class _NotYet(Exception):
@@ -49,8 +49,11 @@ def verify(env: Environment, rotation: Rotation, kid: str, progress: Progress) -
             _require_new(env, token, kid, heard)
             _require_signature(env, token, published.jwks)
         old = _old_token_verifies(env, rotation, published.jwks)
-        return Happened(kid, f"key {kid} signs: {len(tokens)} fresh tokens in a row name it and verify with the JWKS; {old}", {
-            "jwks": sorted(published.jwks.kids), "fresh_tokens": len(tokens), "old_kid": work.old_kid})
+        return Happened(
+            kid,
+            f"{len(tokens)} fresh tokens in a row name key {kid} and verify with the JWKS; {old}",
+            {"jwks": sorted(published.jwks.kids), "fresh_tokens": len(tokens), "old_kid": work.old_kid},
+        )
 
     return _until_settled(env, rotation, kid, look, heard, progress)
 
@@ -74,7 +77,11 @@ def prove_at_gateways(env: Environment, rotation: Rotation, verified: Happened, 
         if not verdict.everywhere:
             raise _NotYet(verdict.explain())
         old = _old_key_is_known(env, rotation, ring, work.old_kid)
-        return Happened(kid, f"{verified.message}; every gateway takes them{old} ({', '.join(verdict.accepted)})", {**verified.evidence, "gateways": list(verdict.accepted)})
+        return Happened(
+            kid,
+            f"every gateway takes fresh tokens of key {kid}{old} ({', '.join(verdict.accepted)})",
+            {**verified.evidence, "gateways": list(verdict.accepted)},
+        )
 
     return _until_settled(env, rotation, kid, look, env.keys.look().now, progress)
 
@@ -135,7 +142,7 @@ def _old_key_is_known(env: Environment, rotation: Rotation, ring: KeyRing, old_k
             return ""
         seen = env.gateways.probe(canaries)
     verdict = judge(seen)
-    if verdict.refused:                # no reason to roll back: the old key would sign what that gateway refuses
+    if verdict.refused:  # no reason to roll back: the old key would sign what that gateway refuses
         raise _NotYet(f"tokens of the old key {old_kid} are refused by {', '.join(verdict.refused)}: {_said(seen)}")
     if not verdict.everywhere:
         raise _NotYet(verdict.explain())

@@ -66,14 +66,17 @@ def test_quick_run_is_one_click_and_its_page_tells_the_story(world: World, page:
         page.get_by_text(card, exact=True).first.wait_for()
     page.screenshot(path=SHOTS / "artifacts.png")
     page.get_by_text("Details", exact=True).first.click()
-    page.get_by_text("done: key").first.wait_for()
+    page.get_by_text("done: rotated from").first.wait_for()
     page.screenshot(path=SHOTS / "details.png")
 
 
-@pytest.mark.parametrize(("key", "words"), [
-    ("plan-sandbox", "Earliest promotion"),
-    ("evidence-sandbox", "verify with the JWKS"),
-])
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("plan-sandbox", "Earliest promotion"),
+        ("evidence-sandbox", "verify with the JWKS"),
+    ],
+)
 def test_an_artifact_is_readable_without_knowing_the_code(world: World, page: playwright.Page, key: str, words: str) -> None:
     """The plan shows the sums, the evidence what was proven and every key as it is now."""
     page.goto(f"{world.facts['prefect_ui_url']}/artifacts/key/{key}")

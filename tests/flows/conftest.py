@@ -103,7 +103,7 @@ class Stage:
     def in_background(self, work: Callable[[], Any]) -> Callable[[], Any]:
         """Starts it in a thread; calling what is returned waits for its result."""
         result: list[Any] = []
-        here = contextvars.copy_context()         # Prefect's settings are the context's
+        here = contextvars.copy_context()  # Prefect's settings are the context's
         thread = threading.Thread(target=lambda: result.append(here.run(work)), daemon=True)
         thread.start()
 

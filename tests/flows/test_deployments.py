@@ -40,8 +40,15 @@ def test_each_flow_is_declared_for_each_environment_with_its_own_schedule() -> N
 
 
 def deploy(stage: Stage) -> None:
-    environment = {**os.environ, "PREFECT_API_URL": stage.facts["prefect_api_url"], "KEYROTATION_HOME": str(ROOT), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"}
-    done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": stage.facts["prefect_api_url"],
+        "KEYROTATION_HOME": str(ROOT),
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

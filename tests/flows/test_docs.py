@@ -24,7 +24,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def commands(page: Path) -> list[str]:
     blocks = re.findall(r"^ *```console\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [line.strip().removeprefix("$ ").replace("production", "sandbox") for block in blocks for line in block.splitlines() if line.strip().startswith("$ ")]
+    return [
+        line.strip().removeprefix("$ ").replace("production", "sandbox") for block in blocks for line in block.splitlines() if line.strip().startswith("$ ")
+    ]
 
 
 @pytest.fixture

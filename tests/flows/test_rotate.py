@@ -32,8 +32,11 @@ def test_a_rotation_publishes_waits_promotes_proves_and_schedules_the_cleanup(st
     assert ring.current.kid != old.kid
     assert [key.kid for key in ring.previous] == [old.kid]
     changes = [(entry.event, entry.kid, entry.old_status, entry.new_status) for entry in stage.ledger(before) if entry.new_status]
-    assert changes == [("generated", ring.current.kid, None, "next"), ("demoted", old.kid, "current", "previous"),
-                       ("promoted", ring.current.kid, "next", "current")]
+    assert changes == [
+        ("generated", ring.current.kid, None, "next"),
+        ("demoted", old.kid, "current", "previous"),
+        ("promoted", ring.current.kid, "next", "current"),
+    ]
     assert broken_links(stage.ledger()) == []
     scheduled = [json.loads(entry.evidence)["cleanup_flow_run_id"] for entry in stage.ledger(before) if entry.event == "schedule cleanup"]
     run = prefect_api(stage, f"/flow_runs/{scheduled[0]}")
@@ -47,7 +50,7 @@ def test_i06_no_key_is_promoted_before_every_gateway_had_its_time_and_was_shown_
     assert stage.rotate().is_completed()
     current = stage.ring.current
     assert current is not None and current.published_seen_at is not None and current.promoted_at is not None and current.accepted_at is not None
-    assert current.promoted_at - current.published_seen_at >= timedelta(seconds=3)      # cache_time 2s + clock_skew 1s
+    assert current.promoted_at - current.published_seen_at >= timedelta(seconds=3)  # cache_time 2s + clock_skew 1s
     assert current.published_seen_at < current.accepted_at < current.promoted_at
 
 
@@ -86,7 +89,7 @@ def test_i09_a_dead_run_is_finished_by_the_next_one_with_one_key_and_one_promoti
     assert dead is not None
     published = generate(stage.env, dead)
     before = stage.head()
-    state = stage.rotate()            # waits until the lease is over, then takes over
+    state = stage.rotate()  # waits until the lease is over, then takes over
     assert state.is_completed(), state.message
     assert stage.ring.current is not None and stage.ring.current.kid == published.kid
     assert [entry.event for entry in stage.ledger(before) if entry.new_status] == ["demoted", "promoted"]
@@ -198,10 +201,10 @@ def test_keep_standby_leaves_a_key_published_ahead(stage: Stage) -> None:
     standby = stage.ring.next
     assert standby is not None
     assert stage.sql("SELECT kind FROM key_rotation.rotations WHERE id = %s", standby.rotation_id) == [("standby",)]
-    stage.env.pause(3.2)              # the standby's own sum
+    stage.env.pause(3.2)  # the standby's own sum
     assert stage.rotate().is_completed()
     opened = stage.sql("SELECT opened_at FROM key_rotation.rotations WHERE kind = 'rotation' ORDER BY id DESC LIMIT 1")[0][0]
-    assert standby.published_seen_at is not None and standby.published_seen_at + timedelta(seconds=3) < opened     # its wait was over before the run began
+    assert standby.published_seen_at is not None and standby.published_seen_at + timedelta(seconds=3) < opened  # its wait was over before the run began
     assert stage.ring.current is not None and stage.ring.current.kid == standby.kid
 
 
@@ -214,13 +217,16 @@ def test_f12_f13_a_kms_that_refuses_stops_the_rotation_before_any_key_is_made(st
     assert stage.ring == ring
 
 
-@pytest.mark.parametrize(("fault", "word"), [
-    ({"jwks": {"jwks": {"keys": []}}}, "empty"),
-    ({"jwks": {"body": "<html>hello</html>"}}, "JWKS"),
-    ({"jwks": {"redirect": "http://127.0.0.1:1/"}}, "redirect"),
-    ({"token": {"status": 401}}, "client"),
-    ({"*": {"clock_offset": 3600}}, "clocks"),
-])
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ({"jwks": {"jwks": {"keys": []}}}, "empty"),
+        ({"jwks": {"body": "<html>hello</html>"}}, "JWKS"),
+        ({"jwks": {"redirect": "http://127.0.0.1:1/"}}, "redirect"),
+        ({"token": {"status": 401}}, "client"),
+        ({"*": {"clock_offset": 3600}}, "clocks"),
+    ],
+)
 def test_a_world_that_is_not_fit_refuses_the_rotation_with_one_sentence(stage: Stage, fault: dict[str, Any], word: str) -> None:
     """Empty JWKS, HTML, a redirect, 401 of the token endpoint, a clock an hour ahead: failed with a sentence, nothing changed, nothing lost."""
     before, ring = stage.head(), stage.ring

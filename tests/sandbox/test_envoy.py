@@ -119,9 +119,7 @@ def gateways(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     def make(jwks: Jwks, mode: Mode, cache_time: float = 600, workers: int = 1, jwt_cache: bool = False) -> Gateway:
         ports = free_port(), free_port()
         name = f"gateway-{len(made)}"
-        made.append(
-            Gateway(tmp_path, name, *ports, jwks.url, ISSUER, API, CANARY, cache_time, mode, workers, jwt_cache)
-        )
+        made.append(Gateway(tmp_path, name, *ports, jwks.url, ISSUER, API, CANARY, cache_time, mode, workers, jwt_cache))
         made[-1].start()
         return made[-1]
 
@@ -161,9 +159,7 @@ def eventually(happened: Callable[[], object], within: float = 5) -> float:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_route_takes_its_own_tokens_only(
-    gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey, mode: Mode
-) -> None:
+def test_each_route_takes_its_own_tokens_only(gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey, mode: Mode) -> None:
     """The API takes API tokens and refuses canaries with 403, the probe route the reverse; both need a known key."""
     gateway, unknown = gateways(jwks, mode), SigningKey("unknown")
     answers = {
@@ -189,9 +185,7 @@ def test_each_route_takes_its_own_tokens_only(
     assert status(gateway.url, unknown.token()) == status(gateway.probe_url, unknown.token(CANARY)) == 401
 
 
-def test_a_token_that_is_over_or_of_another_issuer_is_refused(
-    gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey
-) -> None:
+def test_a_token_that_is_over_or_of_another_issuer_is_refused(gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey) -> None:
     """The clock skew is a second, not Envoy's minute, and only the issuer's tokens count."""
     gateway = gateways(jwks, "async")
     assert status(gateway.url, old.token(expires_in=-3)) == 401
@@ -262,9 +256,7 @@ def test_a_push_forgets_a_removed_key_and_the_tokens_seen_before(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_gateway_starts_without_its_jwks_and_recovers(
-    gateways: Callable[..., Gateway], old: SigningKey, mode: Mode
-) -> None:
+def test_a_gateway_starts_without_its_jwks_and_recovers(gateways: Callable[..., Gateway], old: SigningKey, mode: Mode) -> None:
     """With the JWKS endpoint down a gateway comes up, refuses, and serves as soon as the endpoint is there."""
     jwks = Jwks(keys=[old])
     gateway = gateways(jwks, mode)
@@ -275,9 +267,7 @@ def test_a_gateway_starts_without_its_jwks_and_recovers(
     jwks.stop()
 
 
-def test_async_keeps_what_it_has_while_the_jwks_is_down(
-    gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey
-) -> None:
+def test_async_keeps_what_it_has_while_the_jwks_is_down(gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey) -> None:
     """A gateway that fetches in the background goes on with its keys when fetches fail, and counts the failures."""
     gateway = gateways(jwks, "async", cache_time=1)
     assert status(gateway.url, old.token()) == 200
@@ -288,9 +278,7 @@ def test_async_keeps_what_it_has_while_the_jwks_is_down(
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_restart_empties_the_cache(
-    gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey, new: SigningKey, end: str
-) -> None:
+def test_a_restart_empties_the_cache(gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey, new: SigningKey, end: str) -> None:
     """Stopped or killed, a gateway starts again on its ports and knows what the JWKS holds now."""
     gateway = gateways(jwks, "async")
     first = gateway.pid
@@ -301,9 +289,7 @@ def test_a_restart_empties_the_cache(
     assert (status(gateway.url, old.token()), status(gateway.url, new.token())) == (401, 200)
 
 
-def test_a_home_closed_to_others_is_no_hindrance(
-    gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey, tmp_path: Path
-) -> None:
+def test_a_home_closed_to_others_is_no_hindrance(gateways: Callable[..., Gateway], jwks: Jwks, old: SigningKey, tmp_path: Path) -> None:
     """A gateway reads and watches its files in a folder of mode 0700."""
     tmp_path.chmod(0o700)
     assert status(gateways(jwks, "async").url, old.token()) == 200

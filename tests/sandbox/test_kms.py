@@ -31,9 +31,7 @@ class Kms:
         self.home, self.port = home, free_port()
         (home / "principals.json").write_text(json.dumps(PRINCIPALS))
         argv = [sys.executable, "-m", "sandbox.kms", "--port", str(self.port), "--home", str(home)]
-        self.process = Process(
-            "kms", [*argv, "--key", KEY, "--key", OTHER_KEY], home=home, ready=lambda: listening(self.port)
-        )
+        self.process = Process("kms", [*argv, "--key", KEY, "--key", OTHER_KEY], home=home, ready=lambda: listening(self.port))
         self.process.start()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         self._client = KeyManagementServiceClient(transport=KeyManagementServiceGrpcTransport(channel=self.channel))

@@ -292,9 +292,7 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         sleeper.stop()
 
 
-def a_process(
-    home: Path, argv: list[str], *, ready: Callable[[], bool] = lambda: True, stop_within: float = 5.0
-) -> Process:
+def a_process(home: Path, argv: list[str], *, ready: Callable[[], bool] = lambda: True, stop_within: float = 5.0) -> Process:
     return Process("child", argv, home=home, ready=ready, stop_within=stop_within, stop_signal=signal.SIGTERM)
 
 

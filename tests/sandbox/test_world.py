@@ -78,17 +78,8 @@ class TestWhatItWrites:
     def test_secrets_lie_nowhere_else(self, world: World) -> None:
         """No other file of the home holds one of them: no configuration, no log."""
         secrets = {file.read_text() for file in (world.home / "secrets").iterdir() if file.is_file()}
-        words = {
-            word.encode()
-            for secret in secrets
-            for word in (secret, *secret.split(":"), *secret.split("@"))
-            if len(word) > 20
-        }
-        elsewhere = [
-            file
-            for file in files_in(world.home)
-            if "secrets" not in file.relative_to(world.home).parts and file.name != "sandbox.json"
-        ]
+        words = {word.encode() for secret in secrets for word in (secret, *secret.split(":"), *secret.split("@")) if len(word) > 20}
+        elsewhere = [file for file in files_in(world.home) if "secrets" not in file.relative_to(world.home).parts and file.name != "sandbox.json"]
         assert len(words) > 8
         assert len(elsewhere) > 20
         assert [file for file in elsewhere if any(word in file.read_bytes() for word in words)] == []
@@ -121,9 +112,7 @@ class TestWhatAnswers:
         """The two ways of caching that users have, the second one in every worker thread."""
         dumps = [requests.get(f"{gateway['admin_url']}/config_dump", timeout=5).text for gateway in facts["gateways"]]
         assert ["async_fetch" in dump for dump in dumps] == [True, False]
-        server = [
-            requests.get(f"{gateway['admin_url']}/server_info", timeout=5).json() for gateway in facts["gateways"]
-        ]
+        server = [requests.get(f"{gateway['admin_url']}/server_info", timeout=5).json() for gateway in facts["gateways"]]
         assert server[1]["command_line_options"]["concurrency"] == 2
 
     def test_the_cache_time_is_envoys(self, facts: dict[str, Any]) -> None:
@@ -133,9 +122,7 @@ class TestWhatAnswers:
 
     def test_the_rotator_is_no_owner_and_the_owner_no_superuser(self, facts: dict[str, Any]) -> None:
         """Each role has the rights of its name."""
-        assert query(facts["owner_database_url"], "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") == [
-            (False,)
-        ]
+        assert query(facts["owner_database_url"], "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") == [(False,)]
         assert query(facts["owner_database_url"], "SELECT name FROM key_rotation.environment") == [("sandbox",)]
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             query(facts["database_url"], "SELECT private_key_ciphertext FROM public.signing_keys")
@@ -158,10 +145,7 @@ class TestWhatAnswers:
     def test_every_flow_has_a_deployment_with_its_form(self, facts: dict[str, Any]) -> None:
         """One for each flow file, runnable with one click, without a schedule."""
         deployments = ask(facts, "/deployments/filter")
-        names = {
-            requests.get(f"{facts['prefect_api_url']}/flows/{each['flow_id']}", timeout=5).json()["name"]
-            for each in deployments
-        }
+        names = {requests.get(f"{facts['prefect_api_url']}/flows/{each['flow_id']}", timeout=5).json()["name"] for each in deployments}
         assert {"rotate-signing-keys", "cleanup-old-keys", "bootstrap-signing-keys"} <= names
         assert len(deployments) == len(list((CHECKOUT / "flows").glob("*.py")))
         for deployment in deployments:
@@ -203,9 +187,7 @@ class TestWhatIsRefused:
     def test_a_setting_that_is_not_known(self, tmp_path: Path) -> None:
         """Exit status 2, before anything is started or written."""
         refused = up(tmp_path / "home", "--set", "policy.token_livetime=3s")
-        assert said(refused).startswith(
-            "there is no setting 'policy.token_livetime'; near names: policy.token_lifetime"
-        )
+        assert said(refused).startswith("there is no setting 'policy.token_livetime'; near names: policy.token_lifetime")
         assert not (tmp_path / "home").exists()
 
 
