@@ -23,6 +23,7 @@ import requests
 from keyrotation import wiring
 from keyrotation.cli import main
 from keyrotation.domain.decision import Request, Rotation
+from keyrotation.domain.events import Happened
 from keyrotation.domain.policy import ZERO
 from keyrotation.ports import Environment, Gate
 from keyrotation.steps import generate, promote
@@ -188,7 +189,7 @@ class Shell:
         else:
             env.keys.promote(rotation, kid, Gate(ZERO, False), "promoted by the tests")
         confirm(env, rotation)
-        close_rotation(env, rotation, "done", f"key {kid} signs")
+        close_rotation(env, rotation, Happened(kid, f"key {kid} signs"))
         return kid
 
     def opened(self, env: Environment | None = None, kind: str = "rotation") -> Rotation:

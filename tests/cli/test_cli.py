@@ -73,7 +73,7 @@ def test_a_database_of_another_environment_is_refused(shell: Shell) -> None:
     """Nobody reads or holds an environment by the file of another one (F66)."""
     (shell.folder / "other.toml").write_text((shell.folder / "test.toml").read_text())
     for command in (("status", "other"), ("plan", "other"), ("hold", "other", "--reason", "mixed up")):
-        assert "'other'" in shell.refused(*command, status=1)
+        assert "'other'" in shell.refused(*command, status=2)
 
 
 def test_a_mistake_of_ours_is_told_by_its_class_alone(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
