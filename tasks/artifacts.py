@@ -1,4 +1,4 @@
-"""What a person sees on a run's page: the plan and the evidence as tables, a wait as a bar. Outside a flow run: a bar in the terminal."""
+"""What a person sees on a run's page: the plan and the evidence as texts, a wait as a bar. Outside a flow run: a bar in the terminal."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from keyrotation.domain.policy import show
 from keyrotation.steps.plan import summary
 
 SECONDS_BETWEEN_UPDATES = 2.0
-create_table: Any = prefect.artifacts.create_table_artifact  # typed for async callers only
-create_markdown: Any = prefect.artifacts.create_markdown_artifact
+create_markdown: Any = prefect.artifacts.create_markdown_artifact  # typed for async callers only
 create_progress: Any = prefect.artifacts.create_progress_artifact
 update_progress: Any = prefect.artifacts.update_progress_artifact
 
 
-def table(key: str, rows: Sequence[tuple[str, str]], description: str) -> None:
-    """Two columns: what, and its value."""
+def listing(key: str, rows: Sequence[tuple[str, str]], description: str) -> None:
+    """What, and below it its value in full: the page cuts the cells of a table."""
     if FlowRunContext.get() is not None:
-        _best_effort(create_table, table=[{"What": name, "": value} for name, value in rows], key=key, description=description)
+        text = "\n\n".join(f"**{name}**\n\n{value}" for name, value in rows)
+        _best_effort(create_markdown, markdown=text, key=key, description=description)
 
 
 def evidence(key: str, rotation: Rotation, facts: Facts) -> None:

@@ -48,7 +48,7 @@ def hold_cleanup(rotation: Rotation, unproven: Happened) -> Happened:
 def plan_cleanup(name: str, kid: str | None, demoted_at: datetime | None) -> Sequence[Cleanup]:
     """Which old keys may go now, and why the others may not."""
     plans = cleaning.plan_cleanup(environment(name), kid, demoted_at)
-    artifacts.table(
+    artifacts.listing(
         f"cleanup-{name}", [(plan.kid, plan.message) for plan in plans] or [("none", "no previous key is waiting")], "Old keys, and what becomes of them now"
     )
     return plans

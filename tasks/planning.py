@@ -24,7 +24,7 @@ def show_plan(name: str, only_if_due: bool) -> Plan:
     """Decides, looks whether the world is fit for it, and shows the plan."""
     plan = planning.plan(environment(name), request(only_if_due))
     log().info("%s", plan.message)
-    artifacts.table(f"plan-{name}", plan.lines(), "What this run is going to do, and why now")
+    artifacts.listing(f"plan-{name}", plan.lines(), "What this run is going to do, and why now")
     return plan
 
 

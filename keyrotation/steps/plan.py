@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from keyrotation.domain.decision import Action, Decision, Facts, Request, decide_rotation
 from keyrotation.domain.errors import BadAnswer, Refused
 from keyrotation.domain.keys import KeyRing
-from keyrotation.domain.policy import Seen, Sum, show, show_instant
+from keyrotation.domain.policy import Seen, Sum, show_instant
 from keyrotation.domain.propagation import Answer
 from keyrotation.ports import Dated, Environment
 from keyrotation.steps.gateways import canary_alarm
@@ -134,5 +134,5 @@ def summary(facts: Facts) -> list[tuple[str, str, str, str]]:
         note = key.cleanup_hold or ("rolled back" if key.never_promote else "") or ("compromised" if key.compromised else "")
         if key.retain_until and not note:
             note = f"kept until {show_instant(key.retain_until)}"
-        rows.append((key.kid, str(key.status), f"{show_instant(since)} ({show(facts.now - since)})" if since else "", note or key.disabled_reason or ""))
+        rows.append((key.kid, str(key.status), show_instant(since) if since else "", note or key.disabled_reason or ""))
     return rows

@@ -48,11 +48,12 @@ def test_quick_run_is_one_click_and_its_page_tells_the_story(world: World, page:
 
     deployment = api.get("/deployments/name/rotate-signing-keys/sandbox")
     page.goto(f"{ui}/deployments/deployment/{deployment['id']}")
+    page.get_by_text("Description", exact=True).first.click()
     page.get_by_text("waits until every gateway knows it").first.wait_for()
     page.screenshot(path=SHOTS / "deployment.png")
     page.get_by_role("button", name="Run", exact=True).click()
     with page.expect_response(lambda response: response.url.endswith("/create_flow_run")) as created:
-        page.get_by_text("Quick run").click()
+        page.get_by_role("button", name="Quick run").click()
     run = created.value.json()["id"]
     assert api.ended(run)["type"] == "COMPLETED"
 
@@ -61,28 +62,29 @@ def test_quick_run_is_one_click_and_its_page_tells_the_story(world: World, page:
     page.get_by_text("every gateway knows key").first.wait_for()
     page.wait_for_function("document.querySelector('canvas') !== null")
     page.screenshot(path=SHOTS / "run.png")
-    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_text("Artifacts", exact=True).last.click()
     for card in ("plan-sandbox", "evidence-sandbox", "gateway-cache-sandbox"):
         page.get_by_text(card, exact=True).first.wait_for()
     page.screenshot(path=SHOTS / "artifacts.png")
     page.get_by_text("Details", exact=True).first.click()
-    page.get_by_text("done: rotated from").first.wait_for()
+    page.get_by_text("rotated from key").first.wait_for()
     page.screenshot(path=SHOTS / "details.png")
 
 
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("plan-sandbox", "Earliest promotion"),
-        ("evidence-sandbox", "verify with the JWKS"),
+        ("plan-sandbox", "+ gateway cache 6s + clock skew 1s"),
+        ("evidence-sandbox", "still knows the old key"),
     ],
 )
 def test_an_artifact_is_readable_without_knowing_the_code(world: World, page: playwright.Page, key: str, words: str) -> None:
     """The plan shows the sums, the evidence what was proven and every key as it is now."""
-    page.goto(f"{world.facts['prefect_ui_url']}/artifacts/key/{key}")
-    page.get_by_text(key, exact=True).first.wait_for()
-    newest = PrefectApi(world.facts["prefect_api_url"]).get(f"/artifacts/{key}/latest")
-    page.goto(f"{world.facts['prefect_ui_url']}/artifacts/artifact/{newest['id']}")
+    api = PrefectApi(world.facts["prefect_api_url"])
+    run = api.get(f"/artifacts/{key}/latest")["flow_run_id"]
+    page.goto(f"{world.facts['prefect_ui_url']}/runs/flow-run/{run}")
+    page.get_by_text("Artifacts", exact=True).last.click()
+    page.get_by_text(key, exact=True).last.click()
     page.get_by_text(words).first.wait_for()
     page.screenshot(path=SHOTS / f"{key}.png", full_page=True)
 
