@@ -81,7 +81,7 @@ class Section(BaseModel):
 
 
 class Refresh(Section):
-    """One rung of the ladder that makes a cache forget: nudge (a token with an unknown kid), push (Envoy's file ECDS), webhook, command."""
+    """One rung of the ladder that makes a cache forget: nudge (a token with an unknown kid), push (Envoy's file ECDS), webhook."""
 
     kind: Literal["nudge", "push", "webhook"]
     files: tuple[Path, ...] = ()
